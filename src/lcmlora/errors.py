@@ -1,0 +1,48 @@
+"""Everything lcmlora raises or warns with.
+
+    LcmLoraError
+     ├─ PipelineError      this pipeline, or its present state, can't be accelerated (or restored) as asked
+     ├─ BaseModelError     the base is unknown, unsupported, or not the one that was named
+     ├─ LoraFileError      the LoRA can't be found, or is not a LoRA file that can be read safely
+     ├─ LoraMismatchError  the LoRA is a good file, but made for another UNet
+     ├─ CallError          an accelerated pipe was called with arguments that can't work
+     └─ DataError          pictures or settings that `distill` can't train on
+
+    LcmLoraWarning         something works, but not as the caller may expect
+
+Each refusal comes before anything was changed.
+"""
+
+from __future__ import annotations
+
+
+class LcmLoraError(Exception):
+    """The root: `except LcmLoraError` catches every refusal of this library."""
+
+
+class PipelineError(LcmLoraError):
+    """This pipeline, or the state it is in, can't be accelerated or restored as asked."""
+
+
+class BaseModelError(LcmLoraError):
+    """The pipe's base is unknown or unsupported, or is not the base that was named."""
+
+
+class LoraFileError(LcmLoraError):
+    """The LoRA can't be found, or is not a LoRA file that can be read safely."""
+
+
+class LoraMismatchError(LcmLoraError):
+    """The LoRA file is fine, but was made for another UNet than the pipe's."""
+
+
+class CallError(LcmLoraError, ValueError):
+    """An accelerated pipe was called with arguments that can't work."""
+
+
+class DataError(LcmLoraError):
+    """Pictures, captions or settings that `distill` can't train on."""
+
+
+class LcmLoraWarning(UserWarning):
+    """Something works, but not as the caller may expect."""

@@ -1,0 +1,131 @@
+"""The bases an LCM-LoRA exists for, and how a UNet's structure tells them apart.
+
+A base is recognised by the width of its cross-attention, its block widths and the number of layers an LCM-LoRA adapts.
+Class and file names play no part: SDXL, SSD-1B and Segmind-Vega share class, widths and names, and differ in depth alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from .errors import BaseModelError
+from .unets import lcm_layers, unet_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A family of UNets of one structure, and the LCM-LoRA made for it.
+
+    Args:
+        name: what `accelerate(base=...)` takes.
+        title: the name in words.
+        cross_attention_dim: width of the text embeddings that the UNet attends to.
+        block_out_channels: widths of the UNet's levels.
+        layers: how many layers an LCM-LoRA adapts (the kinds in `lcmlora.unets.KINDS`).
+        lora: the LCM-LoRA: a repository of the hub, a folder or a file. None where there is none.
+        weight_name: the file's name inside the repository or folder, where it is not diffusers' usual one.
+        rank: the rank of that LoRA.
+    """
+
+    name: str
+    title: str
+    cross_attention_dim: int
+    block_out_channels: tuple[int, ...]
+    layers: int
+    lora: str | None
+    weight_name: str | None = None
+    rank: int = 64
+
+    def matches(self, unet: nn.Module) -> bool:
+        """Whether the UNet has this base's structure."""
+        return (self.cross_attention_dim, self.block_out_channels, self.layers) == signature(unet)
+
+
+_SD = (320, 640, 1280, 1280)
+_XL = (320, 640, 1280)
+_registered: dict[str, Base] = {
+    base.name: base
+    for base in (
+        Base("sd15", "Stable Diffusion 1.x", 768, _SD, 278, "latent-consistency/lcm-lora-sdv1-5"),
+        Base("sdxl", "Stable Diffusion XL", 2048, _XL, 788, "latent-consistency/lcm-lora-sdxl"),
+        Base("ssd-1b", "SSD-1B", 2048, _XL, 423, "latent-consistency/lcm-lora-ssd-1b"),
+        Base("vega", "Segmind-Vega", 2048, _XL, 233, "segmind/Segmind-VegaRT", rank=128),
+    )
+}
+_WITHOUT_LORA = (
+    Base("sd2", "Stable Diffusion 2.x", 1024, _SD, 278, None),
+    Base("sdxl-refiner", "SDXL refiner", 1280, (384, 768, 1536, 1536), 0, None),
+)
+
+
+def signature(unet: nn.Module) -> tuple[int | None, tuple[int, ...], int]:
+    """(cross-attention width, block widths, number of layers an LCM-LoRA adapts)."""
+    config: Any = unet.config
+    width = config.get("cross_attention_dim")
+    return (width if isinstance(width, int) else None, tuple(config.get("block_out_channels") or ()), len(lcm_layers(unet)))
+
+
+def bases() -> tuple[Base, ...]:
+    """Every base that `accelerate` can find a LoRA for, the user's own included."""
+    return tuple(_registered.values())
+
+
+def register(base: Base) -> None:
+    """Add a base of one's own: from then on `accelerate` recognises it and finds its LoRA.
+
+    Raises:
+        BaseModelError: a base of that name, or one of the same structure, is registered already.
+    """
+    for known in _registered.values():
+        same = (known.cross_attention_dim, known.block_out_channels, known.layers)
+        if known.name == base.name or same == (base.cross_attention_dim, base.block_out_channels, base.layers):
+            raise BaseModelError(f"base {base.name!r} can't be registered: {known.name!r} has that name or structure already.")
+    _registered[base.name] = base
+
+
+def find_base(unet: nn.Module) -> Base | None:
+    """The registered base of this structure, or None."""
+    return next((base for base in _registered.values() if base.matches(unet)), None)
+
+
+def detect_base(pipe_or_unet: Any) -> Base:
+    """The base of a pipeline or UNet, found from the UNet's structure.
+
+    Raises:
+        BaseModelError: there is no UNet, or its structure is no registered base's.
+    """
+    unet = unet_of(pipe_or_unet)
+    if unet is None:
+        raise BaseModelError(f"{type(pipe_or_unet).__name__} has no UNet; lcmlora accelerates pipelines with a `unet`.")
+    base = find_base(unet)
+    if base is None:
+        raise BaseModelError(unknown(unet))
+    return base
+
+
+def by_name(name: str) -> Base:
+    """The base of that name.
+
+    Raises:
+        BaseModelError: there is none.
+    """
+    if name not in _registered:
+        known = ", ".join(map(repr, _registered))
+        raise BaseModelError(f"base={name!r} is not known. Give 'auto' or one of {known}, or register your own.")
+    return _registered[name]
+
+
+def unknown(unet: nn.Module) -> str:
+    """Why a UNet is no base of ours, in words that say what to do."""
+    width, widths, count = signature(unet)
+    shape = f"cross-attention width {width}, block widths {list(widths)}, {count} adaptable layers"
+    for known in _WITHOUT_LORA:
+        if (known.cross_attention_dim, known.block_out_channels) == (width, widths):
+            return (
+                f"This UNet is {known.title} ({shape}), for which no LCM-LoRA exists. "
+                "Pass lora= with one of your own (see lcmlora.distill)."
+            )
+    return f"This UNet ({shape}) has the structure of no known base. Pass lora= with an LCM-LoRA made for it."

@@ -1,0 +1,59 @@
+"""What a LoRA sees of a UNet: its adaptable layers by name, whether PEFT has wrapped them or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+KINDS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+"""The 14 kinds of layers an LCM-LoRA adapts (diffusers, train_lcm_distill_lora_sdxl.py, `lora_target_modules`)."""
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer itself, or the one inside the PEFT layer around it."""
+    inner = getattr(module, "base_layer", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def layers(unet: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and Conv2d of the UNet by its own name, PEFT wrapping seen through; motion modules left out."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in unet.named_modules():
+        if name.startswith(inside) and inside:
+            continue  # the parts of a PEFT layer
+        if base_layer(module) is not module:
+            inside = (*inside, name + ".")
+        layer = base_layer(module)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and "motion_modules" not in name:
+            found[name] = layer
+    return found
+
+
+def lcm_layers(unet: nn.Module) -> dict[str, nn.Module]:
+    """The layers that an LCM-LoRA of this UNet has to cover."""
+    endings = tuple("." + kind for kind in KINDS)
+    return {name: layer for name, layer in layers(unet).items() if name.endswith(endings)}
+
+
+def unet_of(pipe_or_unet: Any) -> nn.Module | None:
+    """The UNet of a pipeline, or the UNet itself; None where there is none."""
+    unet = pipe_or_unet if isinstance(pipe_or_unet, nn.Module) else getattr(pipe_or_unet, "unet", None)
+    unet = getattr(unet, "_orig_mod", unet)  # a torch.compile'd module
+    return unet if isinstance(unet, nn.Module) else None
