@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lcmlora.unets import lcm_layers
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -178,7 +178,9 @@ def snapshot(pipe: StableDiffusionPipeline) -> dict[str, object]:
         for name, parameter in module.named_parameters():
             state[f"{part}.{name}"] = (parameter, parameter.detach().clone(), parameter.requires_grad)
         for name, inner in module.named_modules():
-            state[f"{part}:{name}"] = (inner, inner.training, set(inner.__dict__))
+            # transformers marks a text encoder at its first pass, accelerated or not
+            marks = set(inner.__dict__) - {"_output_capturing_hooks_installed"}
+            state[f"{part}:{name}"] = (inner, inner.training, marks)
             if scales := getattr(inner, "scaling", None):
                 state[f"{part}:{name}:scales"] = (dict(scales), list(inner.active_adapters), inner.disable_adapters)
         state[f"{part}:peft"] = dict(getattr(module, "peft_config", {}))

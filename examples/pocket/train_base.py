@@ -1,6 +1,6 @@
 """Train the pocket model itself: UNet and text encoder together, on latents of the vector drawings.
 
-    python train_base.py --data DIR --vae DIR/vae --output DIR/base --steps 3400
+    python train_base.py --data DIR --vae DIR/vae --output DIR/base --steps 3000
 
 Epsilon prediction on Stable Diffusion's scaled-linear schedule, loss weighted by min-SNR (gamma 5, Hang et al. 2023),
 captions dropped one time in ten for guidance, an average of the weights (EMA) kept as the result. The rate warms up, stays,
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from pictures import SIZE, Scene, Sprites, caption, training_scenes
+from pictures import SIZE, TAUGHT, THINGS, Scene, Sprites, caption, training_scenes
 from tokenizers import models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
 from train_vae import to_tensor
@@ -96,10 +96,19 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 def rate(step: int, steps: int, decay: int, peak: float, warmup: int = 150) -> float:
     """Warm up, stay, then fall linearly over the last `decay` steps."""
-    return peak * min(1.0, (step + 1) / warmup, max(0.01, (steps - step) / decay))
+    falling = max(0.01, (steps - step) / decay) if decay else 1.0
+    return peak * min(1.0, (step + 1) / warmup, falling)
 
 
-def train(models_: dict, latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, args: argparse.Namespace) -> None:
+def finished(output: Path) -> int:
+    """How many steps the checkpoint in a folder stands for."""
+    file = output / "checkpoint.pt"
+    return int(torch.load(file, weights_only=True)["step"]) if file.exists() else 0
+
+
+def train(
+    models_: dict, latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, args: argparse.Namespace, decay: int
+) -> None:
     """Train every parameter of `models_` ({"unet", and "text_encoder" or not}) that wants a gradient; EMA at the end.
 
     Without a text encoder `tokens` are embeddings already. Shared by the base and the fine-tune.
@@ -122,7 +131,7 @@ def train(models_: dict, latents: torch.Tensor, tokens: torch.Tensor, empty: tor
     mean_loss = 0.0
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, args.steps, args.decay, args.lr)
+            group["lr"] = rate(step, args.steps, decay, args.lr)
         generator = torch.Generator().manual_seed(step)
         picked = torch.randint(len(latents), (args.batch,), generator=generator)
         clean = latents[picked]
@@ -169,19 +178,24 @@ def training_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_arguments(parser, steps=3400, lr=8e-4, decay=700)
+    training_arguments(parser, steps=3000, lr=8e-4, decay=700)
     parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--all-until", type=int, default=900, help="steps on all THINGS; after that on the TAUGHT ones")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     sprites, vae = Sprites(args.data), AutoencoderKL.from_pretrained(args.vae)
-    scenes = training_scenes(args.pictures, seed=1)
-    captions = [caption(s) for s in scenes]
-    tokenizer = build_tokenizer(captions)
+    tokenizer = build_tokenizer([caption(s) for s in training_scenes(30000, seed=1, things=tuple(THINGS))])
     text_encoder, unet = build_text_encoder(tokenizer), build_unet().to(memory_format=torch.channels_last)
-    latents = encode_pictures(vae, sprites, scenes, "noto")
-    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-    train({"unet": unet, "text_encoder": text_encoder}, latents, tokens, empty, args)
+    total = args.steps
+    for things, args.steps in ((tuple(THINGS), min(args.all_until, total)), (TAUGHT, total)):
+        if finished(args.output) >= args.steps:
+            continue
+        scenes = training_scenes(args.pictures, seed=1, things=things)
+        latents = encode_pictures(vae, sprites, scenes, "noto")
+        tokens, empty = tokenize(tokenizer, [caption(s) for s in scenes]), tokenize(tokenizer, [""])
+        decay = args.decay if args.steps == total else 0
+        train({"unet": unet, "text_encoder": text_encoder}, latents, tokens, empty, args, decay)
 
     scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
     StableDiffusionPipeline(

@@ -1,0 +1,64 @@
+"""The embedded model: a real, small text-to-image pipeline of Stable Diffusion's shape that needs no hub.
+
+It draws some eighty things on twelve backgrounds, 64 x 64 pixels: "a small fox on a teal background, on the left". Beside it
+lie its LCM-LoRA (made by `lcmlora.distill`), a style LoRA and a fine-tuned UNet. `examples/pocket/` made them all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL = Path(__file__).parent / "model"
+LCM_LORA = MODEL / "lcm-lora"
+STYLE = MODEL / "style-lora"
+"""The style LoRA's folder: soft 3-D renders, for `accelerate(pipe, styles={"3d": lcmlora.pocket.STYLE})`."""
+GUIDANCE = 4.0
+"""The `guidance_scale` at which the model itself is best, when it is not accelerated (benchmarks/pocket_quality.py)."""
+
+
+def words() -> dict[str, list[str]]:
+    """What prompts are made of: "things", "backgrounds", "sizes", "positions", and one "example" prompt."""
+    vocabulary: dict[str, list[str]] = json.loads((MODEL / "words.json").read_text(encoding="utf-8"))
+    return vocabulary
+
+
+def load_pocket(variant: Literal["base", "chalk"] = "base", *, dtype: torch.dtype | None = None) -> Any:
+    """Load the embedded model, without any network.
+
+    Args:
+        variant: "base", or "chalk": the same pipeline with a UNet fine-tuned on chalk drawings, to which the base's LCM-LoRA
+            applies untouched.
+        dtype: of all weights; None is float32 (the files are half precision, which most CPUs compute slowly).
+
+    Returns:
+        A `StableDiffusionPipeline` for pictures of 64 x 64 pixels.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    if variant not in ("base", "chalk"):
+        raise ValueError(f"variant={variant!r}: 'base' or 'chalk' is expected.")
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL / "pipeline", dtype=torch.float32, local_files_only=True)
+    if variant == "chalk":
+        _add_difference(pipe.unet, MODEL / "chalk" / "unet_difference.safetensors")
+    return pipe.to(dtype=dtype or torch.float32)
+
+
+def _add_difference(unet: Any, file: Path) -> None:
+    """Add a fine-tune's difference: int8 steps per output channel, `name` = `name`.step * `name`.int8."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            steps = tensors[f"{name}.step"].float()
+            parameter += tensors[f"{name}.int8"].float() * steps.view(-1, *[1] * (parameter.ndim - 1))

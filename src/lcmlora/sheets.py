@@ -1,0 +1,202 @@
+"""Contact sheets: the same prompts and seed over steps, over guidance, with and without the LCM-LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .acceleration import accelerated, is_accelerated, status
+from .errors import PipelineError
+
+SEED = 1337
+LCM_STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
+BASE_STEPS = (1, 4, 8, 15, 20, 25, 30, 50)
+GUIDANCE = (1.0, 1.25, 1.5, 2.0)
+_GAP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """Pictures in rows and columns, and what made each.
+
+    Attributes:
+        images: the pictures, row by row.
+        rows: one dict a picture, in the same order: "prompt", "column", "seed", "seconds", the call's settings, and the
+            pipe's `status`.
+        columns: the columns' labels.
+        labels: the rows' labels: the prompts.
+        title: a line above the sheet.
+    """
+
+    images: tuple[Image.Image, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    title: str = ""
+
+    @property
+    def image(self) -> Image.Image:
+        """The labelled contact sheet. Small pictures are enlarged to about 128 pixels, so that the labels have room."""
+        zoom = max(1, round(128 / self.images[0].width))
+        width, height = (side * zoom for side in self.images[0].size)
+        font = ImageFont.load_default(max(11, height // 11))
+        line = round(font.size * 1.5)
+        top = line * (2 if self.title else 1)
+        sheet_width = len(self.columns) * (width + _GAP) + _GAP
+        sheet = Image.new("RGB", (sheet_width, top + len(self.labels) * (height + line + _GAP)), "white")
+        draw = ImageDraw.Draw(sheet)
+        if self.title:
+            draw.text((_GAP, 2), _fitted(self.title, font, sheet_width), fill="black", font=font)
+        for column, label in enumerate(self.columns):
+            place = _GAP + column * (width + _GAP)
+            draw.text((place, top - line + 2), _fitted(label, font, width), fill="black", font=font)
+        for row, label in enumerate(self.labels):
+            y = top + row * (height + line + _GAP)
+            for column in range(len(self.columns)):
+                picture = self.images[row * len(self.columns) + column].resize((width, height), Image.Resampling.BICUBIC)
+                sheet.paste(picture, (_GAP + column * (width + _GAP), y))
+            draw.text((_GAP, y + height + 2), _fitted(label, font, sheet_width), fill=(90, 90, 90), font=font)
+        return sheet
+
+    def seconds(self, column: str) -> float:
+        """Mean seconds per picture of a column, its first picture (which warms up) left out where there are more."""
+        times = [row["seconds"] for row in self.rows if row["column"] == column]
+        kept = times[1:] or times
+        return float(sum(kept) / len(kept))
+
+    def save(self, folder: str | Path, name: str = "sheet") -> Path:
+        """Write `name`.png, the labelled sheet, and `name`.json, what made each picture; returns the PNG's path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.image.save(folder / f"{name}.png")
+        text = json.dumps({"title": self.title, "pictures": list(self.rows)}, indent=1, default=str)
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        return folder / f"{name}.png"
+
+    def __add__(self, other: Sheet) -> Sheet:
+        """Another sheet's columns to the right of these; the prompts must be the same.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if self.labels != other.labels:
+            raise ValueError(f"sheets of other prompts can't stand side by side: {self.labels} and {other.labels}")
+        mine, theirs = len(self.columns), len(other.columns)
+        images, rows = [], []
+        for row in range(len(self.labels)):
+            images += [*self.images[row * mine : (row + 1) * mine], *other.images[row * theirs : (row + 1) * theirs]]
+            rows += [*self.rows[row * mine : (row + 1) * mine], *other.rows[row * theirs : (row + 1) * theirs]]
+        return Sheet(tuple(images), tuple(rows), self.columns + other.columns, self.labels, self.title)
+
+
+def _fitted(text: str, font: Any, width: int) -> str:
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-2] + "…"
+        if text == "…":
+            break
+    return text
+
+
+def sweep(
+    pipe: Any, prompts: str | Sequence[str], cells: Mapping[str, Mapping[str, Any]], *, seed: int = SEED, title: str = "", **call: Any
+) -> Sheet:
+    """One picture for each prompt (row) and each cell (column): `cells` maps labels to the arguments in which columns differ.
+
+    Every picture gets a fresh CPU generator of the same seed: LCM draws new noise in each step, so a shared generator would
+    make a picture depend on those before it.
+
+    Args:
+        pipe: a pipeline, accelerated or not.
+        prompts: one or several.
+        cells: label -> keyword arguments of the pipe's call.
+        seed: of every picture.
+        title: a line above the sheet.
+        call: further arguments of every call.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    active = status(pipe).to_dict()
+    images, rows = [], []
+    for prompt in prompts:
+        for label, arguments in cells.items():
+            settings = {**call, **arguments}
+            began = time.perf_counter()
+            image = pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **settings).images[0]
+            seconds = time.perf_counter() - began
+            images.append(image)
+            rows.append({"prompt": prompt, "column": label, "seed": seed, "seconds": seconds, **settings, "status": active})
+    return Sheet(tuple(images), tuple(rows), tuple(cells), tuple(prompts), title)
+
+
+def sweep_steps(
+    pipe: Any, prompts: str | Sequence[str], steps: Iterable[int] | None = None, *, seed: int = SEED, title: str = "", **call: Any
+) -> Sheet:
+    """The same pictures over steps: 1 to 8 for an accelerated pipe, 1 to 50 for another, unless `steps` says otherwise.
+
+    Args and returns: see `sweep`.
+    """
+    steps = tuple(steps or (LCM_STEPS if is_accelerated(pipe) else BASE_STEPS))
+    kind = "LCM-LoRA" if is_accelerated(pipe) else type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    cells = {f"{count} step{'s' * (count > 1)}": {"num_inference_steps": count} for count in steps}
+    return sweep(pipe, prompts, cells, seed=seed, title=title or f"{kind} over steps", **call)
+
+
+def sweep_guidance(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    guidance: Iterable[float] = GUIDANCE,
+    *,
+    seed: int = SEED,
+    title: str = "",
+    **call: Any,
+) -> Sheet:
+    """The same pictures over guidance scales. Pass `negative_prompt` to see it come alive above 1.
+
+    An accelerated pipe clamps guidance to 2; accelerate it with guidance=None to see what larger scales would do.
+    Args and returns: see `sweep`.
+    """
+    cells = {f"guidance {scale:g}": {"guidance_scale": scale} for scale in guidance}
+    return sweep(pipe, prompts, cells, seed=seed, title=title or "over guidance", **call)
+
+
+def compare(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    *,
+    steps: int = 4,
+    base_steps: Iterable[int] = (4, 25, 50),
+    base_guidance: float | None = None,
+    seed: int = SEED,
+    title: str = "",
+    accelerate: Mapping[str, Any] | None = None,
+    **call: Any,
+) -> Sheet:
+    """With and without, side by side: the pipe as it is at `base_steps`, then accelerated at `steps`. The pipe is given back.
+
+    Args:
+        pipe: a pipeline that is not accelerated.
+        prompts: one or several.
+        steps: for the accelerated picture.
+        base_steps: for the pipe as it is.
+        base_guidance: `guidance_scale` of the pipe as it is; None is the pipeline's own default.
+        seed: of every picture.
+        title: a line above the sheet.
+        accelerate: arguments of `lcmlora.accelerate`.
+        call: further arguments of every call.
+
+    Raises:
+        PipelineError: the pipe is accelerated already.
+    """
+    if is_accelerated(pipe):
+        raise PipelineError("compare needs the pipe as it was: lcmlora.restore(pipe) first.")
+    plain = dict(call) if base_guidance is None else {**call, "guidance_scale": base_guidance}
+    cells = {f"base, {count} steps": {"num_inference_steps": count} for count in base_steps}
+    without = sweep(pipe, prompts, cells, seed=seed, title=title or "without and with the LCM-LoRA", **plain)
+    with accelerated(pipe, **(accelerate or {})):
+        return without + sweep(pipe, prompts, {f"LCM, {steps} steps": {"num_inference_steps": steps}}, seed=seed, **call)
