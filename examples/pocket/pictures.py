@@ -223,12 +223,27 @@ def render(data: Path) -> None:
     np.savez_compressed(data / "sprites.npz", **arrays)
 
 
+def write_folder(data: Path, folder: Path, count: int, seed: int = 4) -> None:
+    """`count` captioned pictures of the vector drawings, as `lcmlora.distill` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sprites, rows = Sprites(data), []
+    for i, scene in enumerate(training_scenes(count, seed)):
+        sprites.compose(scene, "noto", random.Random(i)).save(folder / f"{i:05}.png")
+        rows.append(json.dumps({"file_name": f"{i:05}.png", "text": caption(scene)}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder for the downloads and the sprites")
-    data = parser.parse_args().data
-    fetch(data)
-    render(data)
+    parser.add_argument("--folder", type=Path, help="also write a folder of captioned pictures for `lcmlora distill`")
+    parser.add_argument("--count", type=int, default=6000, help="how many")
+    args = parser.parse_args()
+    if not (args.data / "sprites.npz").exists():
+        fetch(args.data)
+        render(args.data)
+    if args.folder:
+        write_folder(args.data, args.folder, args.count)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the pocket model itself: UNet and text encoder together, on latents of the vector drawings.
 
-    python train_base.py --data DIR --vae DIR/vae --output DIR/base --steps 3000
+    python train_base.py --data DIR --vae DIR/vae --output DIR/base --steps 2900
 
 Epsilon prediction on Stable Diffusion's scaled-linear schedule, loss weighted by min-SNR (gamma 5, Hang et al. 2023),
 captions dropped one time in ten for guidance, an average of the weights (EMA) kept as the result. The rate warms up, stays,
@@ -94,6 +94,14 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
 
 
+@torch.no_grad()
+def encode_prompts(pipe: StableDiffusionPipeline, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text embeddings of the scenes' captions, shape (scenes, tokens, width), and those of the empty prompt."""
+    captions = [caption(s) for s in scenes]
+    parts = [pipe.text_encoder(tokenize(pipe.tokenizer, captions[i : i + 500]))[0] for i in range(0, len(captions), 500)]
+    return torch.cat(parts), pipe.text_encoder(tokenize(pipe.tokenizer, [""]))[0]
+
+
 def rate(step: int, steps: int, decay: int, peak: float, warmup: int = 150) -> float:
     """Warm up, stay, then fall linearly over the last `decay` steps."""
     falling = max(0.01, (steps - step) / decay) if decay else 1.0
@@ -164,7 +172,7 @@ def train(
         p.data.copy_(average)
 
 
-def training_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, decay: int) -> None:
+def training_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, decay: int, pictures: int) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=steps)
@@ -172,13 +180,13 @@ def training_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, d
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--pictures", type=int, default=30000, help="pictures rendered and encoded beforehand")
+    parser.add_argument("--pictures", type=int, default=pictures, help="pictures rendered and encoded beforehand")
     parser.add_argument("--save-every", type=int, default=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_arguments(parser, steps=3000, lr=8e-4, decay=700)
+    training_arguments(parser, steps=2900, lr=8e-4, decay=600, pictures=30000)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--all-until", type=int, default=900, help="steps on all THINGS; after that on the TAUGHT ones")
     args = parser.parse_args()

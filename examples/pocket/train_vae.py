@@ -1,6 +1,6 @@
 """Train the pocket model's AutoencoderKL (64 x 64 pictures, factor 4, four latent channels) on all three looks.
 
-    python train_vae.py --data DIR --output DIR/vae --steps 1700
+    python train_vae.py --data DIR --output DIR/vae --steps 4000
 
 Loss: squared and absolute error on pixels, absolute error on their gradients (keeps edges), a small KL term. The first
 `--crop-steps` steps see crops of half the side, four times cheaper: the VAE is a convolution all through. A checkpoint is written every `--save-every`
@@ -66,8 +66,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="weights to start from, instead of random ones")
     parser.add_argument("--decoder-only", action="store_true")
-    parser.add_argument("--steps", type=int, default=1700)
-    parser.add_argument("--crop-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--crop-steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--save-every", type=int, default=200)
@@ -103,8 +103,9 @@ def main() -> None:
             top, left = rng.randrange(SIZE // 2 + 1), rng.randrange(SIZE // 2 + 1)
             x = x[..., top : top + SIZE // 2, left : left + SIZE // 2]
         x = x.contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(x).latent_dist
-        decoded = vae.decode(posterior.mode() if args.decoder_only else posterior.sample()).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            decoded = vae.decode(posterior.mode() if args.decoder_only else posterior.sample()).sample.float()
         pixel = (decoded - x).abs().mean() + 4 * (decoded - x).square().mean()
         edge = sum((a - b).abs().mean() for a, b in zip(gradients(decoded), gradients(x), strict=True))
         loss = pixel + 0.5 * edge + (0 if args.decoder_only else 2e-6 * posterior.kl().mean())

@@ -1,0 +1,45 @@
+"""Train the style LoRA (soft 3-D renders) with plain diffusers and PEFT: lcmlora has no part in it.
+
+    python train_style.py --data DIR --base DIR/base/pipeline --output DIR/style
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from pictures import Sprites, training_scenes
+from train_base import encode_pictures, encode_prompts, train, training_arguments
+
+RANK, ALPHA = 12, 12
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training_arguments(parser, steps=400, lr=2e-3, decay=300, pictures=8000)
+    parser.add_argument("--base", type=Path, required=True)
+    args = parser.parse_args()
+
+    torch.manual_seed(1)
+    pipe = StableDiffusionPipeline.from_pretrained(args.base)
+    scenes = training_scenes(args.pictures, seed=2)
+    latents = encode_pictures(pipe.vae, Sprites(args.data), scenes, "fluent")
+    prompts, empty = encode_prompts(pipe, scenes)
+    pipe.unet.requires_grad_(False)
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
+    pipe.unet.add_adapter(lora, adapter_name="style")
+    pipe.unet.to(memory_format=torch.channels_last)
+    train({"unet": pipe.unet}, latents, prompts, empty, args, args.decay)
+    layers = {key: value.half() for key, value in get_peft_model_state_dict(pipe.unet, adapter_name="style").items()}
+    metadata = {"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS}
+    pipe.save_lora_weights(args.output, convert_state_dict_to_diffusers(layers), unet_lora_adapter_metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()
