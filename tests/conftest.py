@@ -77,7 +77,9 @@ def tiny_unet(seed: int = 0, width: int = 32, **changes: object) -> UNet2DCondit
     )
 
 
-def sd_pipe(seed: int = 0, unet: UNet2DConditionModel | None = None, cls: type = StableDiffusionPipeline) -> StableDiffusionPipeline:
+def sd_pipe(
+    seed: int = 0, unet: UNet2DConditionModel | None = None, cls: type = StableDiffusionPipeline
+) -> StableDiffusionPipeline:
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     pipe = cls(

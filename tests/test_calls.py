@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import PIPES, sd_pipe
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
 import lcmlora
+from conftest import PIPES, sd_pipe
 from lcmlora.calls import steps_at_strength
 
 
@@ -124,7 +124,7 @@ def test_strength_too_small_for_the_steps_is_refused(image_pipe):
 
 
 def test_steps_at_strength_over_the_whole_grid():
-    """Every strength of 0.01 to 1.00 and 1 to 8 steps: int(asked * strength) is what was asked for, or it is refused."""
+    """Every strength of 0.01 to 1.00, 1 to 8 steps: int(asked * strength) is what was asked for, or it is refused."""
     for steps in range(1, 9):
         for percent in range(1, 101):
             strength = percent / 100

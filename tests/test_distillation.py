@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import PIPES, assert_same, sd_pipe, snapshot, write_lora
 from diffusers import DDIMScheduler, LCMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lcmlora
+from conftest import PIPES, assert_same, sd_pipe, snapshot, write_lora
 from lcmlora.distillation.data import Turns, read_folder
 from lcmlora.distillation.loop import _Run
 from lcmlora.distillation.solver import Solver, boundary_scalings, pseudo_huber
@@ -92,7 +92,9 @@ def test_huber_is_square_near_zero_and_absolute_far_away():
 def test_distil_makes_a_lora_that_accelerate_takes(kind, pictures, tmp_path):
     pipe = PIPES[kind]()
     before = snapshot(pipe)
-    file = lcmlora.distill(pipe, pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG, alpha=2.0, ema=0.5), progress=False)
+    file = lcmlora.distill(
+        pipe, pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG, alpha=2.0, ema=0.5), progress=False
+    )
     assert_same(before, snapshot(pipe))
     info = lcmlora.inspect_lora(file)
     assert (len(info.modules), info.ranks, info.alphas) == (len(lcm_layers(pipe.unet)), (4,), (2.0,))
@@ -111,9 +113,13 @@ def test_plain_diffusers_loads_it_at_the_same_strength(pictures, tmp_path):
 
 
 def test_resumed_equals_uninterrupted(pictures, tmp_path):
-    whole = lcmlora.distill(sd_pipe(), pictures, tmp_path / "whole", lcmlora.DistillConfig(**CONFIG, ema=0.5), progress=False)
+    whole = lcmlora.distill(
+        sd_pipe(), pictures, tmp_path / "whole", lcmlora.DistillConfig(**CONFIG, ema=0.5), progress=False
+    )
     halves = tmp_path / "halves"
-    lcmlora.distill(sd_pipe(), pictures, halves, lcmlora.DistillConfig(**{**CONFIG, "steps": 2}, ema=0.5), progress=False)
+    lcmlora.distill(
+        sd_pipe(), pictures, halves, lcmlora.DistillConfig(**{**CONFIG, "steps": 2}, ema=0.5), progress=False
+    )
     resumed = lcmlora.distill(sd_pipe(), pictures, halves, lcmlora.DistillConfig(**CONFIG, ema=0.5), progress=False)
     one, other = load_file(whole), load_file(resumed)
     assert one.keys() == other.keys()
@@ -192,7 +198,9 @@ def test_bad_data_is_refused_with_the_line(pictures, tmp_path):
             read_folder(folder)
 
 
-@pytest.mark.parametrize(("name", "value"), [("rank", 0), ("steps", 0), ("ema", 1.0), ("learning_rate", 0.0), ("schedule", "linear")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("rank", 0), ("steps", 0), ("ema", 1.0), ("learning_rate", 0.0), ("schedule", "linear")]
+)
 def test_bad_settings_are_refused_by_name(name, value):
     with pytest.raises(lcmlora.DataError, match=f"{name}="):
         lcmlora.DistillConfig(**{name: value})
@@ -216,6 +224,8 @@ def test_nan_stops_the_run_and_gives_the_pipe_back(pictures, tmp_path):
 
 
 def test_the_file_says_how_it_was_made(pictures, tmp_path):
-    file = lcmlora.distill(sd_pipe(), pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG, w=3.0), progress=False)
+    file = lcmlora.distill(
+        sd_pipe(), pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG, w=3.0), progress=False
+    )
     with safe_open(file, "pt") as opened:
         assert json.loads(opened.metadata()["lcmlora"])["w"] == 3.0

@@ -1,6 +1,8 @@
-"""Put the trained parts together as the folder that the package ships: half precision, licences and model card beside it.
+"""Put the trained parts together as the folder that the package ships: half precision, licences and model card beside
+it.
 
-    python export.py --base DIR/base/pipeline --lcm DIR/lcm --style DIR/style --chalk DIR/chalk --output src/lcmlora/pocket/model
+python export.py --base DIR/base/pipeline --lcm DIR/lcm --style DIR/style --chalk DIR/chalk --output
+src/lcmlora/pocket/model
 """
 
 from __future__ import annotations

@@ -38,40 +38,39 @@ THINGS = {
     for key, _, name in (
         item.partition(":")
         for item in """
-        fox cat-face:cat dog-face:dog panda tiger-face:tiger lion bear koala frog monkey-face:monkey chicken penguin duck
-        owl eagle parrot flamingo swan peacock turtle snake lizard crocodile dolphin whale fish tropical-fish blowfish
-        shark octopus crab lobster shrimp squid snail butterfly honeybee:bee lady-beetle:ladybug ant elephant giraffe zebra
-        gorilla cow-face:cow pig-face:pig rabbit-face:rabbit mouse-face:mouse hamster unicorn horse-face:horse ewe:sheep
-        goat deer moose wolf bat hedgehog rooster baby-chick:chick t-rex:dinosaur dragon-face:dragon beaver
-        cactus sunflower rose tulip hibiscus evergreen-tree:pine_tree palm-tree four-leaf-clover:clover maple-leaf
-        mushroom seedling
-        red-apple green-apple banana pear tangerine:orange lemon watermelon grapes strawberry cherries peach mango
-        pineapple coconut kiwi-fruit:kiwi tomato avocado eggplant broccoli carrot ear-of-corn:corn hot-pepper:chili bread
-        croissant pretzel pancakes cheese-wedge:cheese hamburger french-fries:fries pizza hot-dog sandwich taco doughnut
-        cookie birthday-cake:cake cupcake ice-cream lollipop candy popcorn hot-beverage:cup_of_coffee teapot
-        beer-mug:mug_of_beer egg
-        balloon soccer-ball:football basketball guitar violin trumpet drum camera television telephone light-bulb candle
-        books key hammer scissors umbrella backpack crown top-hat glasses ring gem-stone:diamond bell alarm-clock
-        hourglass-done:hourglass rocket airplane helicopter sailboat automobile:car bus bicycle locomotive:train tractor
-        house castle tent snowman sun crescent-moon:moon star rainbow cloud fire snowflake ghost robot alien
-        skull jack-o-lantern:pumpkin red-heart:heart teddy-bear wrapped-gift:gift trophy anchor game-die:dice chair bed
-        bathtub jeans dress t-shirt socks gloves pencil paintbrush microscope telescope magnet bucket basket shield
+        fox cat-face:cat dog-face:dog panda tiger-face:tiger lion bear koala frog monkey-face:monkey chicken penguin
+        duck owl eagle parrot flamingo swan peacock turtle snake lizard crocodile dolphin whale fish tropical-fish
+        blowfish shark octopus crab lobster shrimp squid snail butterfly honeybee:bee lady-beetle:ladybug ant elephant
+        giraffe zebra gorilla cow-face:cow pig-face:pig rabbit-face:rabbit mouse-face:mouse hamster unicorn
+        horse-face:horse ewe:sheep goat deer moose wolf bat hedgehog rooster baby-chick:chick t-rex:dinosaur
+        dragon-face:dragon beaver cactus sunflower rose tulip hibiscus evergreen-tree:pine_tree palm-tree
+        four-leaf-clover:clover maple-leaf mushroom seedling red-apple green-apple banana pear tangerine:orange lemon
+        watermelon grapes strawberry cherries peach mango pineapple coconut kiwi-fruit:kiwi tomato avocado eggplant
+        broccoli carrot ear-of-corn:corn hot-pepper:chili bread croissant pretzel pancakes cheese-wedge:cheese
+        hamburger french-fries:fries pizza hot-dog sandwich taco doughnut cookie birthday-cake:cake cupcake ice-cream
+        lollipop candy popcorn hot-beverage:cup_of_coffee teapot beer-mug:mug_of_beer egg balloon soccer-ball:football
+        basketball guitar violin trumpet drum camera television telephone light-bulb candle books key hammer scissors
+        umbrella backpack crown top-hat glasses ring gem-stone:diamond bell alarm-clock hourglass-done:hourglass rocket
+        airplane helicopter sailboat automobile:car bus bicycle locomotive:train tractor house castle tent snowman sun
+        crescent-moon:moon star rainbow cloud fire snowflake ghost robot alien skull jack-o-lantern:pumpkin
+        red-heart:heart teddy-bear wrapped-gift:gift trophy anchor game-die:dice chair bed bathtub jeans dress t-shirt
+        socks gloves pencil paintbrush microscope telescope magnet bucket basket shield
         """.split()
     )
 }
 THINGS = {key: name.replace("_", " ") for key, name in THINGS.items()}
 
-# The things that the pocket model knows. All THINGS make its tokenizer, its VAE and the first steps of its training, so
-# that it starts from varied pictures; a model this small, trained for an hour, then learns half of them well.
+# The things that the pocket model knows. All THINGS make its tokenizer, its VAE and the first steps of its training,
+# so that it starts from varied pictures; a model this small, trained for an hour, then learns half of them well.
 TAUGHT = tuple(
     """
     fox cat-face dog-face panda tiger-face lion frog pig-face owl penguin tropical-fish octopus crab butterfly honeybee
     lady-beetle turtle whale elephant rabbit-face mouse-face baby-chick snail
     cactus sunflower rose tulip evergreen-tree palm-tree four-leaf-clover mushroom
-    red-apple banana pear tangerine lemon watermelon grapes strawberry cherries pineapple tomato avocado eggplant carrot
-    ear-of-corn pizza hamburger doughnut birthday-cake ice-cream french-fries hot-dog cookie
-    balloon soccer-ball basketball guitar drum camera light-bulb key umbrella crown gem-stone alarm-clock rocket airplane
-    sailboat automobile bus house snowman sun crescent-moon star red-heart ghost robot skull jack-o-lantern wrapped-gift
+    red-apple banana pear tangerine lemon watermelon grapes strawberry cherries pineapple tomato avocado eggplant
+    carrot ear-of-corn pizza hamburger doughnut birthday-cake ice-cream french-fries hot-dog cookie balloon soccer-ball
+    basketball guitar drum camera light-bulb key umbrella crown gem-stone alarm-clock rocket airplane sailboat
+    automobile bus house snowman sun crescent-moon star red-heart ghost robot skull jack-o-lantern wrapped-gift
     """.split()
 )
 
@@ -90,7 +89,13 @@ BACKGROUNDS = {
     "brown": (120, 78, 50),
 }
 SIZES = {"small": 0.46, "": 0.70, "large": 0.94}  # share of the picture's side that the sprite takes
-POSITIONS = {"": (0, 0), "on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
+POSITIONS = {
+    "": (0, 0),
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +151,9 @@ class Sprites:
                 look, _, thing = name.partition("/")
                 self.looks[look][thing] = Image.fromarray(arrays[name])
 
-    def compose(self, scene: Scene, look: str = "noto", rng: random.Random | None = None, size: int = SIZE) -> Image.Image:
+    def compose(
+        self, scene: Scene, look: str = "noto", rng: random.Random | None = None, size: int = SIZE
+    ) -> Image.Image:
         """The picture of a scene, RGB, `size` x `size`. With an `rng`, colour, place and scale vary a little."""
         rng = rng or random.Random(0)
         sprite = self.looks["fluent" if look == "fluent" else "noto"][scene.thing]
@@ -194,7 +201,10 @@ def fetch(data: Path) -> None:
         if (data / look).exists():
             continue
         done = subprocess.run(
-            ["npm", "pack", "--silent", package, "--pack-destination", str(data)], check=True, capture_output=True, text=True
+            ["npm", "pack", "--silent", package, "--pack-destination", str(data)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         with tarfile.open(data / done.stdout.split()[-1]) as archive:
             archive.extractall(data / look, filter="data")

@@ -1,10 +1,10 @@
 """Train the pocket model itself: UNet and text encoder together, on latents of the vector drawings.
 
-    python train_base.py --data DIR --vae DIR/vae --output DIR/base --steps 2900
+    python train_base.py --data DIR --vae DIR/vae --output DIR/base --steps 5000
 
 Epsilon prediction on Stable Diffusion's scaled-linear schedule, loss weighted by min-SNR (gamma 5, Hang et al. 2023),
-captions dropped one time in ten for guidance, an average of the weights (EMA) kept as the result. The rate warms up, stays,
-and falls over the last `--decay` steps; a checkpoint is resumed from, also with a larger `--steps`.
+captions dropped one time in ten for guidance, an average of the weights (EMA) kept as the result. The rate warms up,
+stays, and falls over the last `--decay` steps; a checkpoint is resumed from, also with a larger `--steps`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from pictures import SIZE, TAUGHT, THINGS, Scene, Sprites, caption, training_scenes
-from tokenizers import models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
+from tokenizers import models, pre_tokenizers, trainers
 from train_vae import to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -32,7 +38,9 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learnt from the captions."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     learner = BpeTokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=1400,
         special_tokens=[start, end],
@@ -80,7 +88,9 @@ def encode_pictures(vae: AutoencoderKL, sprites: Sprites, scenes: list[Scene], l
     """Latents of the scenes' pictures, scaled, shape (scenes, 4, 16, 16)."""
     latents = []
     for first in range(0, len(scenes), 100):
-        pictures = [sprites.compose(s, look, random.Random(first + i)) for i, s in enumerate(scenes[first : first + 100])]
+        pictures = [
+            sprites.compose(s, look, random.Random(first + i)) for i, s in enumerate(scenes[first : first + 100])
+        ]
         latents.append(vae.encode(to_tensor(pictures)).latent_dist.mode() * vae.config.scaling_factor)
     return torch.cat(latents)
 
@@ -98,7 +108,9 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 def encode_prompts(pipe: StableDiffusionPipeline, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
     """Text embeddings of the scenes' captions, shape (scenes, tokens, width), and those of the empty prompt."""
     captions = [caption(s) for s in scenes]
-    parts = [pipe.text_encoder(tokenize(pipe.tokenizer, captions[i : i + 500]))[0] for i in range(0, len(captions), 500)]
+    parts = [
+        pipe.text_encoder(tokenize(pipe.tokenizer, captions[i : i + 500]))[0] for i in range(0, len(captions), 500)
+    ]
     return torch.cat(parts), pipe.text_encoder(tokenize(pipe.tokenizer, [""]))[0]
 
 
@@ -115,7 +127,12 @@ def finished(output: Path) -> int:
 
 
 def train(
-    models_: dict, latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, args: argparse.Namespace, decay: int
+    models_: dict,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    empty: torch.Tensor,
+    args: argparse.Namespace,
+    decay: int,
 ) -> None:
     """Train every parameter of `models_` ({"unet", and "text_encoder" or not}) that wants a gradient; EMA at the end.
 
@@ -165,7 +182,12 @@ def train(
             log.flush()
             mean_loss = 0.0
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            state = {"params": [p.detach() for p in params], "ema": ema, "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {
+                "params": [p.detach() for p in params],
+                "ema": ema,
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
     for p, average in zip(params, ema, strict=True):
@@ -186,9 +208,11 @@ def training_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_arguments(parser, steps=2900, lr=8e-4, decay=600, pictures=30000)
+    training_arguments(parser, steps=5000, lr=8e-4, decay=1200, pictures=30000)
     parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--all-until", type=int, default=900, help="steps on all THINGS; after that on the TAUGHT ones")
+    parser.add_argument(
+        "--all-until", type=int, default=1200, help="steps on all THINGS; after that on the TAUGHT ones"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -196,7 +220,8 @@ def main() -> None:
     tokenizer = build_tokenizer([caption(s) for s in training_scenes(30000, seed=1, things=tuple(THINGS))])
     text_encoder, unet = build_text_encoder(tokenizer), build_unet().to(memory_format=torch.channels_last)
     total = args.steps
-    for things, args.steps in ((tuple(THINGS), min(args.all_until, total)), (TAUGHT, total)):
+    for things, until in ((tuple(THINGS), min(args.all_until, total)), (TAUGHT, total)):
+        args.steps = until
         if finished(args.output) >= args.steps:
             continue
         scenes = training_scenes(args.pictures, seed=1, things=things)
@@ -207,7 +232,14 @@ def main() -> None:
 
     scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
     StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(args.output / "pipeline")
 
 

@@ -1,6 +1,6 @@
 """Fine-tune the base's UNet, all its weights, on chalk drawings: a fine-tune such as people share.
 
-    python train_finetune.py --data DIR --base DIR/base/pipeline --output DIR/chalk
+python train_finetune.py --data DIR --base DIR/base/pipeline --output DIR/chalk
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train the style LoRA (soft 3-D renders) with plain diffusers and PEFT: lcmlora has no part in it.
 
-    python train_style.py --data DIR --base DIR/base/pipeline --output DIR/style
+python train_style.py --data DIR --base DIR/base/pipeline --output DIR/style
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from pictures import Sprites, training_scenes
 from train_base import encode_pictures, encode_prompts, train, training_arguments
 
-RANK, ALPHA = 12, 12
+RANK, ALPHA = 8, 8
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 
 

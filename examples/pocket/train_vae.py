@@ -3,9 +3,9 @@
     python train_vae.py --data DIR --output DIR/vae --steps 4000
 
 Loss: squared and absolute error on pixels, absolute error on their gradients (keeps edges), a small KL term. The first
-`--crop-steps` steps see crops of half the side, four times cheaper: the VAE is a convolution all through. A checkpoint is written every `--save-every`
-steps and resumed from. `--decoder-only` goes on with a frozen encoder, so that latents and every model trained on them
-stay valid.
+`--crop-steps` steps see crops of half the side, four times cheaper: the VAE is a convolution all through. A checkpoint
+is written every `--save-every` steps and resumed from. `--decoder-only` goes on with a frozen encoder, so that latents
+and every model trained on them stay valid.
 """
 
 from __future__ import annotations
@@ -116,11 +116,22 @@ def main() -> None:
         schedule.step()
         if (step + 1) % 20 == 0:
             mse = (decoded - x).square().mean().item()
-            row = {"step": step + 1, "pixel": pixel.item(), "edge": edge.item(), "mse": mse, "seconds": time.monotonic() - began}
+            row = {
+                "step": step + 1,
+                "pixel": pixel.item(),
+                "edge": edge.item(),
+                "mse": mse,
+                "seconds": time.monotonic() - began,
+            }
             log.write(json.dumps(row) + "\n")
             log.flush()
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}
+            state = {
+                "vae": vae.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
     with torch.no_grad():  # latents are scaled to unit variance, as Stable Diffusion's are

@@ -1,8 +1,8 @@
 """LCM-LoRA on any fine-tune: four steps instead of fifty, and the way back.
 
-    import lcmlora
-    pipe = lcmlora.accelerate(pipe)  # 4 steps, guidance 1
-    lcmlora.restore(pipe)            # bit for bit what it was
+import lcmlora
+pipe = lcmlora.accelerate(pipe)  # 4 steps, guidance 1
+lcmlora.restore(pipe)            # bit for bit what it was
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name's module only when the name is used: `import lcmlora` itself loads neither torch nor diffusers."""
+    """Import a public name's module only when the name is used: `import lcmlora` itself loads neither torch nor
+    diffusers.
+    """
     if name not in _HOME:
         raise AttributeError(f"module 'lcmlora' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -49,7 +49,7 @@ class _Undo:
 
 @dataclasses.dataclass
 class _UnetRecord:
-    """What was done to the weights. `pipes` are the shells that rely on it; the last one restored restores the UNet."""
+    """What was done to the weights. `pipes` are the shells that rely on it; the last one restored gives them back."""
 
     request: Request
     plan: Plan
@@ -60,7 +60,9 @@ class _UnetRecord:
     def __deepcopy__(self, memo: dict[int, Any]) -> _UnetRecord:
         from copy import deepcopy
 
-        return _UnetRecord(self.request, self.plan, deepcopy(self.undo, memo), deepcopy(self.originals, memo), weakref.WeakSet())
+        return _UnetRecord(
+            self.request, self.plan, deepcopy(self.undo, memo), deepcopy(self.originals, memo), weakref.WeakSet()
+        )
 
 
 @dataclasses.dataclass
@@ -125,24 +127,25 @@ def accelerate(
 ) -> Pipe:
     """Make a Stable Diffusion or SDXL pipeline need 4 to 8 steps: LCM-LoRA, `LCMScheduler` and fitting call defaults.
 
-    LoRAs that are active in the pipe already stay so, at their weights. Everything is checked before the pipe is touched, and
-    whatever fails afterwards is rolled back. The same call twice does nothing the second time.
+    LoRAs that are active in the pipe already stay so, at their weights. Everything is checked before the pipe is
+    touched, and whatever fails afterwards is rolled back. The same call twice does nothing the second time.
 
     Args:
         pipe: a diffusers pipeline with a `UNet2DConditionModel`.
         base: "auto" finds the base from the UNet's structure; a name (see `bases()`) is checked against it.
-        lora: the LCM-LoRA, where it is not the base's own: repository id, folder or safetensors file. A UNet that is no known
-            base needs it; any UNet will do whose LCM layers the file covers.
-        weight_name: the file's name inside that repository or folder, where it is not `pytorch_lora_weights.safetensors`.
+        lora: the LCM-LoRA, where it is not the base's own: repository id, folder or safetensors file. A UNet that is
+            no known base needs it; any UNet will do whose LCM layers the file covers.
+        weight_name: the file's name inside that repository or folder, where it is not
+            `pytorch_lora_weights.safetensors`.
         weight: what the LCM-LoRA counts with; 1.0 is as distilled.
         styles: name -> source or `Style`: style LoRAs to load beside it. They get names of their own in the UNet.
-        fuse: "auto" merges the LoRAs into the weights wherever those are plain floats (no cost per step), True insists on it,
-            False leaves PEFT adapters.
-        keep: where the merged layers' originals wait for `restore`: "memory" (host memory), or None, and then `restore`
-            refuses.
+        fuse: "auto" merges the LoRAs into the weights wherever those are plain floats (no cost per step), True insists
+            on it, False leaves PEFT adapters.
+        keep: where the merged layers' originals wait for `restore`: "memory" (host memory), or None, and then
+            `restore` refuses.
         steps: `num_inference_steps` of calls that pass none, 1 to 50.
-        guidance: `guidance_scale` of calls that pass none. What a call passes is kept within 1 to 2, with a warning. None
-            leaves guidance alone altogether.
+        guidance: `guidance_scale` of calls that pass none. What a call passes is kept within 1 to 2, with a warning.
+            None leaves guidance alone altogether.
         strict: raise `CallError` instead of clamping guidance.
         revision, cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
 
@@ -150,10 +153,9 @@ def accelerate(
         The same pipe.
 
     Raises:
-        PipelineError: this pipe or its state can't be accelerated (no UNet, fused LoRAs, quantised and fuse=True, ...).
-        BaseModelError: the base is unknown, has no LCM-LoRA, or is not the one named.
-        LoraFileError: a LoRA is not there, not safetensors, damaged, or no plain LoRA.
-        LoraMismatchError: a LoRA is made for another UNet.
+        PipelineError: this pipe or its state can't be accelerated (no UNet, fused LoRAs, quantised and fuse=True,
+        ...). BaseModelError: the base is unknown, has no LCM-LoRA, or is not the one named. LoraFileError: a LoRA is
+        not there, not safetensors, damaged, or no plain LoRA. LoraMismatchError: a LoRA is made for another UNet.
         CallError: steps or guidance are outside what works.
     """
     request = Request(
@@ -165,7 +167,12 @@ def accelerate(
         fuse=fuse,
         keep=keep,
         hub=tuple(
-            {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}.items()
+            {
+                "revision": revision,
+                "cache_dir": cache_dir,
+                "token": token,
+                "local_files_only": local_files_only,
+            }.items()
         ),
     )
     _check(request)
@@ -210,10 +217,14 @@ def _already(pipe: Any, request: Request, policy: calls.Policy) -> bool:
     if record is None:
         return False
     if record.request != request:
-        raise PipelineError("this pipe's UNet is accelerated with other settings already; lcmlora.restore(pipe) first.")
+        raise PipelineError(
+            "this pipe's UNet is accelerated with other settings already; lcmlora.restore(pipe) first."
+        )
     mine: _PipeRecord | None = getattr(pipe, _RECORD, None)
     if mine is not None and mine.policy != policy:
-        raise PipelineError("this pipe is accelerated with other steps or guidance already; lcmlora.restore(pipe) first.")
+        raise PipelineError(
+            "this pipe is accelerated with other steps or guidance already; lcmlora.restore(pipe) first."
+        )
     return mine is not None
 
 
@@ -259,7 +270,9 @@ def _add_text_styles(pipe: Any, plan: Plan, undo: _Undo) -> None:
         for name in plan.text_styles:
             state, alphas = pipe.lora_state_dict(str(plan.styles[name].path), unet_config=unet_of(pipe).config)  # type: ignore[union-attr]
             if any(key.startswith(f"{part}.") for key in state):
-                pipe.load_lora_into_text_encoder(state, network_alphas=alphas, text_encoder=encoder, prefix=part, adapter_name=name)
+                pipe.load_lora_into_text_encoder(
+                    state, network_alphas=alphas, text_encoder=encoder, prefix=part, adapter_name=name
+                )
                 loaded[name] = plan.styles[name].weight
         if loaded:
             from diffusers.utils import set_weights_and_activate_adapters
@@ -296,8 +309,8 @@ def restore(pipe: Pipe) -> Pipe:
             others = [other for other in record.pipes if other is not pipe]
             if record.plan.fuse and record.request.keep is None and not others:
                 raise PipelineError(
-                    "the weights were merged with keep=None, so the originals are gone: load the pipe anew with from_pretrained. "
-                    "keep='memory' makes restore possible."
+                    "the weights were merged with keep=None, so the originals are gone: load the pipe anew with "
+                    "from_pretrained. keep='memory' makes restore possible."
                 )
             if not others:
                 record.undo.run()
@@ -308,9 +321,11 @@ def restore(pipe: Pipe) -> Pipe:
 
 @contextmanager
 def accelerated(pipe: Pipe, *args: Any, **kwargs: Any) -> Iterator[Pipe]:
-    """`accelerate` for the length of a `with` block; restores also when the block raises. Arguments as `accelerate`'s."""
+    """`accelerate`, same arguments, for the length of a `with` block; restores also when the block raises."""
     if is_accelerated(pipe):
-        raise PipelineError("this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back.")
+        raise PipelineError(
+            "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."
+        )
     accelerate(pipe, *args, **kwargs)
     try:
         yield pipe
@@ -337,7 +352,9 @@ def status(pipe: Any) -> Status:
     active = merge.Adapters(unet).weights
     plan = record.plan if record else None
     fused = bool(plan and plan.fuse)
-    styles = {**plan.adapters, **{name: share.weight for name, share in plan.styles.items()}} if plan and fused else active
+    styles = (
+        {**plan.adapters, **{name: share.weight for name, share in plan.styles.items()}} if plan and fused else active
+    )
     return Status(
         accelerated=mine is not None,
         base=plan.base if plan else None,

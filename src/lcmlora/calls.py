@@ -1,4 +1,4 @@
-"""How an accelerated pipe is called: defaults where the caller gave none, guidance kept where LCM works, plain words otherwise."""
+"""How an accelerated pipe is called: defaults where the caller gave none, guidance kept where LCM works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import CallError, LcmLoraWarning
 GUIDANCE_RANGE = (1.0, 2.0)
 """Where an LCM-LoRA works (diffusers docs, latent_consistency_models.md): it has guidance distilled in already."""
 MAX_STEPS = 50
-"""LCMScheduler's `original_inference_steps`: more steps than that it can't place (scheduling_lcm.py, set_timesteps)."""
+"""LCMScheduler's `original_inference_steps`: more steps than that it can't place (scheduling_lcm.py, l. 520)."""
 GOOD_STEPS = 8
 """Above this quality falls again (PCM paper, tables 1 to 7: FID of LCM on SDXL 11.2 at 4 steps, 23.3 at 16)."""
 
@@ -42,13 +42,18 @@ class Policy:
         """
         self._steps({"num_inference_steps": self.steps}, inspect.Signature())
         if self.guidance is not None and not GUIDANCE_RANGE[0] <= self._number(self.guidance) <= GUIDANCE_RANGE[1]:
-            raise CallError(f"guidance={self.guidance!r}: {GUIDANCE_RANGE[0]:g} to {GUIDANCE_RANGE[1]:g} works with an LCM-LoRA.")
+            raise CallError(
+                f"guidance={self.guidance!r}: {GUIDANCE_RANGE[0]:g} to {GUIDANCE_RANGE[1]:g} works with an LCM-LoRA."
+            )
 
-    def apply(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-        """The call's arguments, completed and checked; `signature` is that of the pipeline's `__call__`, self included.
+    def apply(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> inspect.BoundArguments:
+        """The call's arguments, completed and checked; `signature` is the pipeline's `__call__`'s, self included.
 
         Raises:
-            CallError: steps outside 1 to 50, a strength with which no step is left, or guidance outside 1 to 2 when strict.
+            CallError: steps outside 1 to 50, a strength with which no step is left, or guidance outside 1 to 2 when
+                strict.
             TypeError: as the pipeline itself would raise.
         """
         bound = signature.bind(*args, **kwargs)
@@ -63,9 +68,15 @@ class Policy:
     def _steps(self, given: dict[str, Any], signature: inspect.Signature) -> int:
         steps = given.get("num_inference_steps", self.steps)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-            raise CallError(f"num_inference_steps={steps!r}: an accelerated pipe takes whole numbers from 1 to {MAX_STEPS}; 4 is usual.")
+            raise CallError(
+                f"num_inference_steps={steps!r}: an accelerated pipe takes whole numbers from 1 to {MAX_STEPS}; "
+                "4 is usual."
+            )
         if steps > GOOD_STEPS:
-            self._once("steps", f"num_inference_steps={steps}: an LCM-LoRA is best at 4 to {GOOD_STEPS} steps and gets worse above.")
+            self._once(
+                "steps",
+                f"num_inference_steps={steps}: an LCM-LoRA is best at 4 to {GOOD_STEPS} steps and gets worse above.",
+            )
         strength = given.get("strength", _default(signature, "strength"))
         return steps if strength is None else steps_at_strength(steps, strength)
 
@@ -75,7 +86,8 @@ class Policy:
         if guidance <= high:  # 1 and below is "off": the same picture as at 1, and no cost
             return max(guidance, low)
         message = (
-            f"guidance_scale={guidance:g} burns pictures made with an LCM-LoRA, which has guidance distilled in; {low:g} to {high:g} works"
+            f"guidance_scale={guidance:g} burns pictures made with an LCM-LoRA, which has guidance distilled in; "
+            f"{low:g} to {high:g} works"
         )
         if self.strict:
             raise CallError(message + ".")
@@ -85,15 +97,19 @@ class Policy:
     @staticmethod
     def _number(guidance: Any) -> float:
         if isinstance(guidance, bool) or not isinstance(guidance, int | float) or math.isnan(guidance):
-            raise CallError(f"guidance_scale={guidance!r}: a number from {GUIDANCE_RANGE[0]:g} to {GUIDANCE_RANGE[1]:g} is expected.")
+            raise CallError(
+                "guidance_scale={!r}: a number from {:g} to {:g} is expected.".format(guidance, *GUIDANCE_RANGE)
+            )
         return guidance
 
     def _negative_prompt(self, given: dict[str, Any]) -> None:
-        if given.get("guidance_scale", 2.0) <= 1 and (given.get("negative_prompt") or given.get("negative_prompt_embeds") is not None):
+        if given.get("guidance_scale", 2.0) <= 1 and (
+            given.get("negative_prompt") or given.get("negative_prompt_embeds") is not None
+        ):
             self._once(
                 "negative",
-                "negative_prompt has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it. Each step then "
-                "takes two UNet passes instead of one.",
+                "negative_prompt has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it. Each "
+                "step then takes two UNet passes instead of one.",
             )
 
     def _once(self, kind: str, message: str) -> None:
@@ -134,9 +150,11 @@ def _default(signature: inspect.Signature, name: str) -> Any:
 
 
 def _caller_depth() -> int:
-    """How far up the stack the first caller outside this module (and torch's no_grad wrapper) stands, for `warnings`."""
+    """How far up the stack the first caller outside this module (and torch's no_grad wrapper) is, for `warnings`."""
     frame, depth = inspect.currentframe(), 0
-    while frame is not None and (frame.f_globals.get("__name__") == __name__ or "torch" in frame.f_globals.get("__name__", "")):
+    while frame is not None and (
+        frame.f_globals.get("__name__") == __name__ or "torch" in frame.f_globals.get("__name__", "")
+    ):
         frame, depth = frame.f_back, depth + 1
     return depth
 
@@ -144,8 +162,9 @@ def _caller_depth() -> int:
 def install(pipe: Any, policy: Policy) -> None:
     """Let this one pipe's calls go through the policy. Giving it back its class undoes it.
 
-    `__call__` is looked up on the type, so the pipe gets a subclass of its own that bears the class's name: `isinstance`,
-    `help`, `inspect.signature`, `save_pretrained` and `from_pipe` see no difference, and no other pipe is touched.
+    `__call__` is looked up on the type, so the pipe gets a subclass of its own that bears the class's name:
+    `isinstance`, `help`, `inspect.signature`, `save_pretrained` and `from_pipe` see no difference, and no other pipe
+    is touched.
     """
     cls = type(pipe)
     signature = inspect.signature(cls.__call__)

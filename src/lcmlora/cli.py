@@ -29,7 +29,8 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="lcmlora")
 def main() -> None:
     """LCM-LoRA on any fine-tune: four steps instead of fifty, and the way back."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints on optional packages are none of our users' concern
+    # transformers' hints on optional packages are none of our users' concern
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @main.command()
@@ -68,7 +69,10 @@ def inspect(source: str, weight_name: str | None) -> None:
 
     info = inspect_lora(source, weight_name)
     click.echo(info.describe())
-    click.echo(f"format {info.format}; alphas {', '.join(f'{a:g}' for a in info.alphas)}; {info.text_encoder_keys} text-encoder keys")
+    click.echo(
+        f"format {info.format}; alphas {', '.join(f'{a:g}' for a in info.alphas)}; "
+        f"{info.text_encoder_keys} text-encoder keys"
+    )
 
 
 def _settings(command: Any) -> Any:
@@ -84,7 +88,9 @@ def _settings(command: Any) -> Any:
         option = (
             click.option(f"{name}/--no-{name[2:]}", default=field.default, show_default=True)
             if kind is bool
-            else click.option(name, type=click.Choice(choices) if choices else plain, default=field.default, show_default=True)
+            else click.option(
+                name, type=click.Choice(choices) if choices else plain, default=field.default, show_default=True
+            )
         )
         command = option(command)
     return command

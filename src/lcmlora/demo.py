@@ -1,4 +1,4 @@
-"""The article's three experiments, on the embedded model: steps with, guidance, steps without; then styles and a fine-tune."""
+"""The article's three experiments on the embedded model: steps with, guidance, steps without; style, fine-tune."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Demo:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Mean seconds per picture: the base at 50 steps and at 4, LCM at 4, and the ratio of the first to the last."""
+        """Mean seconds per picture: base at 50 steps and at 4, LCM at 4, and the ratio of the first to the last."""
         base, lcm = self.sheets["3-base-steps"], self.sheets["1-lcm-steps"]
         seconds = {
             "base_50_steps": base.seconds("50 steps"),
@@ -101,7 +101,9 @@ def _steps(count: int, **more: Any) -> dict[str, Any]:
 def _with_style(pipe: Any) -> Sheet:
     """The style LoRA alone at 50 steps (through plain diffusers) and at 4, then with the LCM-LoRA beside it at 4."""
     base = {"guidance_scale": pocket.GUIDANCE}
-    pipe.load_lora_weights(pocket.STYLE, weight_name="pytorch_lora_weights.safetensors", adapter_name="3d", local_files_only=True)
+    pipe.load_lora_weights(
+        pocket.STYLE, weight_name="pytorch_lora_weights.safetensors", adapter_name="3d", local_files_only=True
+    )
     alone = sweep(pipe, PROMPTS, {"style, 50 steps": _steps(50, **base), "style, 4 steps": _steps(4, **base)})
     pipe.unload_lora_weights()
     cells = {"style + LCM, 4 steps": _steps(4), "style + LCM, 8 steps": _steps(8)}

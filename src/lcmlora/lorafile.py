@@ -1,7 +1,8 @@
 """What a LoRA file is, told from its header alone, and which layers of a UNet it covers.
 
-Spellings understood: kohya with diffusers block names (the official LCM-LoRAs) and with sgm block names (most SDXL styles),
-diffusers and PEFT keys with or without `unet.` and `base_model.model.` in front, old attention-processor keys.
+Spellings understood: kohya with diffusers block names (the official LCM-LoRAs) and with sgm block names (most SDXL
+styles), diffusers and PEFT keys with or without `unet.` and `base_model.model.` in front, old attention-processor
+keys.
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ class Pair:
 
     @property
     def rank(self) -> int:
+        """Columns of `up`, rows of `down`."""
         return self.down_shape[0]
 
     @property
     def scale(self) -> float:
+        """What up @ down is multiplied with at weight 1."""
         return self.alpha / self.rank
 
     def fits(self, layer: nn.Module) -> bool:
@@ -71,7 +74,8 @@ class LoraInfo:
         ranks: every rank that occurs, ascending.
         alphas: every alpha that occurs, ascending.
         text_encoder_keys: how many keys belong to text encoders.
-        cross_attention_dim: the text width it was made for (768 SD 1.x, 1024 SD 2.x, 2048 SDXL family); None if unknown.
+        cross_attention_dim: the text width it was made for (768 SD 1.x, 1024 SD 2.x, 2048 SDXL family); None if
+            unknown.
     """
 
     path: Path
@@ -84,8 +88,8 @@ class LoraInfo:
 
     def describe(self) -> str:
         """One line: "LCM.safetensors (278 modules, rank 64, text width 768)"."""
-        ranks = "/".join(map(str, self.ranks)) or "none"
-        return f"{self.path.name} ({len(self.modules)} modules, rank {ranks}, text width {self.cross_attention_dim or '?'})"
+        ranks, width = "/".join(map(str, self.ranks)) or "none", self.cross_attention_dim or "?"
+        return f"{self.path.name} ({len(self.modules)} modules, rank {ranks}, text width {width})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,9 @@ def find_file(
 
 def _safetensors(path: Path) -> Path:
     if path.suffix != ".safetensors":
-        raise LoraFileError(f"{path} is no .safetensors file; pickled weights can run code when loaded and are refused.")
+        raise LoraFileError(
+            f"{path} is no .safetensors file; pickled weights can run code when loaded and are refused."
+        )
     return path
 
 
@@ -155,7 +161,9 @@ def _file_in(folder: Path, weight_name: str | None) -> Path:
     there = sorted(p.name for p in folder.glob("*.safetensors"))
     if weight_name is None and len(there) == 1:
         return folder / there[0]
-    raise LoraFileError(f"folder {folder} holds no {wanted.name}; its safetensors files: {there or 'none'}. Pass weight_name=.")
+    raise LoraFileError(
+        f"folder {folder} holds no {wanted.name}; its safetensors files: {there or 'none'}. Pass weight_name=."
+    )
 
 
 def read(path: Path) -> LoraInfo:
@@ -168,7 +176,9 @@ def read(path: Path) -> LoraInfo:
         with safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             alphas = {
-                key.removesuffix(".alpha"): float(file.get_tensor(key)) for key in shapes if key.endswith(".alpha") and not shapes[key]
+                key.removesuffix(".alpha"): float(file.get_tensor(key))
+                for key in shapes
+                if key.endswith(".alpha") and not shapes[key]
             }
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -213,7 +223,8 @@ def _sort_keys(path: Path, shapes: Mapping[str, Any]) -> tuple[dict[str, dict[st
             strange.append(key)
     if strange:
         raise LoraFileError(
-            f"{path} is no plain LoRA: {len(strange)} of its {len(shapes)} keys are of another kind, such as {strange[0]!r}."
+            f"{path} is no plain LoRA: {len(strange)} of its {len(shapes)} keys are of another kind, "
+            f"such as {strange[0]!r}."
         )
     return sides, text_encoder_keys
 
@@ -226,7 +237,9 @@ def _format(modules: Mapping[str, Pair]) -> str:
 
 
 def _cross_attention_dim(modules: Mapping[str, Pair]) -> int | None:
-    widths = Counter(pair.down_shape[1] for name, pair in modules.items() if re.search(r"attn2[._](?:processor\.)?to_[kv]$", name))
+    widths = Counter(
+        pair.down_shape[1] for name, pair in modules.items() if re.search(r"attn2[._](?:processor\.)?to_[kv]$", name)
+    )
     return widths.most_common(1)[0][0] if widths else None
 
 
@@ -243,7 +256,8 @@ class _Alphas:
     def of(self, module: str, rank: int) -> float:
         patterns = self._config.get("alpha_pattern") or {}
         alpha = next(
-            (a for pattern, a in patterns.items() if re.search(rf"(^|.*\.){pattern}$", module)), self._config.get("lora_alpha")
+            (a for pattern, a in patterns.items() if re.search(rf"(^|.*\.){pattern}$", module)),
+            self._config.get("lora_alpha"),
         )
         if alpha is None:
             return float(rank)
@@ -267,7 +281,9 @@ def cover(info: LoraInfo, layers: Mapping[str, nn.Module]) -> Coverage:
 
 def _spellings(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Every way a LoRA file may write a layer's name -> the name."""
-    per_block = 1 + max((int(m[1]) for name in layers if (m := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", name))), default=0)
+    per_block = 1 + max(
+        (int(m[1]) for name in layers if (m := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", name))), default=0
+    )
     table = {}
     for name in layers:
         table[name] = name
@@ -303,7 +319,7 @@ def _sgm(name: str, per_block: int) -> str:
         front = f"middle_block.{1 if kind == 'attentions' else 2 * index}"
     elif up:
         block, kind, index, rest = int(up[1]), up[2], int(up[3]), up[4]
-        if kind == "upsamplers":  # comes after the resnet and, where there is one, the attention: diffusers takes it for 2
+        if kind == "upsamplers":  # after the resnet and, where there is one, the attention: diffusers takes it for 2
             return f"output_blocks.{block * (per_block + 1) + per_block}.2.conv"
         front = f"output_blocks.{block * (per_block + 1) + index}.{int(kind == 'attentions')}"
     else:

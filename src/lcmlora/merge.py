@@ -1,7 +1,7 @@
 """Merging LoRAs into a UNet's weights, and the exact way back.
 
-W' = W + sum_i w_i * alpha_i / r_i * B_i @ A_i, computed in float32 and rounded once to the weight's dtype. The way back
-does not compute anything: it copies the kept originals, so it is exact in every dtype.
+W' = W + sum_i w_i * alpha_i / r_i * B_i @ A_i, computed in float32 and rounded once to the weight's dtype. The way
+back computes nothing: it copies the kept originals, so it is exact in every dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import nn
 
 from .lorafile import Pair, load
 from .unets import base_layer
-
 
 _PEFT_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
 
@@ -39,16 +38,19 @@ class Originals:
         self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
 
     def keep(self, parameter: nn.Parameter) -> None:
+        """Copy a weight before it changes."""
         # A plain clone would be on the weight's own device: an accelerator's memory is the scarcer one.
         self._kept.append((parameter, parameter.detach().to("cpu", copy=True)))
 
     def restore(self) -> None:
+        """Put the copies back into their parameters."""
         with torch.no_grad():
             for parameter, original in self._kept:
                 parameter.copy_(original)
         self._kept.clear()
 
     def forget(self) -> None:
+        """Drop the copies; there is no way back then."""
         self._kept.clear()
 
     @property
@@ -60,9 +62,11 @@ class Originals:
 def merge(
     layers: Mapping[str, nn.Module], shares: Iterable[Share], tuners: Mapping[str, Any], originals: Originals | None
 ) -> None:
-    """Add every share's product, and what the active adapters of `tuners` (PEFT layers by name) add, to the layers in place.
+    """Add every share's product, and what the active adapters of `tuners` (PEFT layers by name) add, to the layers in
+    place.
 
-    The parameters stay the same objects. `originals` receives each weight before it changes; with None nothing is kept.
+    The parameters stay the same objects. `originals` receives each weight before it changes; with None nothing is
+    kept.
 
     Raises:
         LoraFileError: a LoRA holds NaN or infinity. What was merged by then is for the caller to restore.
@@ -86,7 +90,9 @@ def merge(
             weight.copy_(_merged(weight, halves, deltas))
 
 
-def _merged(weight: torch.Tensor, halves: list[tuple[float, torch.Tensor, torch.Tensor]], deltas: list[torch.Tensor]) -> torch.Tensor:
+def _merged(
+    weight: torch.Tensor, halves: list[tuple[float, torch.Tensor, torch.Tensor]], deltas: list[torch.Tensor]
+) -> torch.Tensor:
     """weight + sum of scale * up @ down + deltas, float32, shape as the weight's."""
     total = weight.detach().float().flatten(1).clone()
     if halves:  # every LoRA in one product: (out, r1 + r2 + ...) @ (r1 + r2 + ..., in)
@@ -120,8 +126,8 @@ def replace(unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 def park(unet: nn.Module) -> None:
     """Take the PEFT layers out of a UNet, leaving the layers they wrapped. `Adapters.restore` puts them back.
 
-    For the meantime the UNet is a plain one: its forward pass costs nothing extra, and PEFT can't un-merge what it did not
-    merge.
+    For the meantime the UNet is a plain one: its forward pass costs nothing extra, and PEFT can't un-merge what it did
+    not merge.
     """
     replace(unet, {name: base_layer(tuner) for name, tuner in tuner_layers(unet).items()})
     unet.__dict__.pop("peft_config", None)
@@ -149,7 +155,9 @@ def inject(unet: Any, name: str, share: Share) -> None:
 
 
 class Adapters:
-    """What PEFT has in a module at one moment: its layers, what is active in them, at which scale. `restore` goes back."""
+    """What PEFT has in a module at one moment: its layers, what is active in them, at which scale. `restore` goes
+    back.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -177,6 +185,7 @@ class Adapters:
         }
 
     def restore(self) -> None:
+        """Bring PEFT's layers, adapters and scales back to that moment."""
         here = tuner_layers(self._module)
         replace(self._module, {name: base_layer(tuner) for name, tuner in here.items() if name not in self._tuners})
         replace(self._module, self._tuners)

@@ -32,7 +32,8 @@ class Style:
 
     Args:
         source: a repository of the hub, a folder, or a safetensors file.
-        weight: what its change of the weights is multiplied with; 1 is as trained, 0.8 leaves LCM room (LCM-LoRA report).
+        weight: what its change of the weights is multiplied with; 1 is as trained, 0.8 leaves LCM room (LCM-LoRA
+            report).
         weight_name: the file's name in the repository or folder, if it is not `pytorch_lora_weights.safetensors`.
     """
 
@@ -89,17 +90,21 @@ def make(pipe: Any, request: Request) -> Plan:
     adapters = Adapters(unet)
     if adapters.merged:
         raise PipelineError(
-            "some of this UNet's layers have a LoRA merged by fuse_lora(), which can't be told from the weights any more. "
-            "Call pipe.unfuse_lora() first; lcmlora merges active LoRAs itself."
+            "some of this UNet's layers have a LoRA merged by fuse_lora(), which can't be told from the "
+            "weights any more. Call pipe.unfuse_lora() first; lcmlora merges active LoRAs itself."
         )
     if any(getattr(module, "fused_projections", False) for module in unet.modules()):
-        raise PipelineError("fuse_qkv_projections() is on: LoRAs would have no effect there. Call pipe.unfuse_qkv_projections() first.")
+        raise PipelineError(
+            "fuse_qkv_projections() is on: LoRAs would have no effect there. Call pipe.unfuse_qkv_projections() first."
+        )
     base = _base(unet, request)
     lcm = _lcm_share(unet, base, request)
     styles, text_styles = {}, []
     for name, style in request.styles:
         if name in getattr(unet, "peft_config", {}) or name == LCM or "." in name or not name:
-            raise PipelineError(f"style name {name!r} can't be used: taken already, reserved, empty, or with a dot in it.")
+            raise PipelineError(
+                f"style name {name!r} can't be used: taken already, reserved, empty, or with a dot in it."
+            )
         styles[name], has_text = _style_share(unet, name, style, dict(request.hub))
         if has_text:
             text_styles.append(name)
@@ -120,11 +125,14 @@ def _usable_unet(pipe: Any) -> UNet2DConditionModel:
         raise PipelineError(f"accelerate takes a diffusers pipeline, not {type(pipe).__name__}.")
     if not isinstance(unet, UNet2DConditionModel):
         raise PipelineError(
-            f"{type(pipe).__name__} has no UNet2DConditionModel as `unet`; LCM-LoRAs exist for Stable Diffusion and SDXL UNets."
+            f"{type(pipe).__name__} has no UNet2DConditionModel as `unet`; "
+            "LCM-LoRAs exist for Stable Diffusion and SDXL UNets."
         )
     wanted = {"num_inference_steps", "guidance_scale"}
     if missing := wanted - set(inspect.signature(type(pipe).__call__).parameters):
-        raise PipelineError(f"{type(pipe).__name__} takes no {' or '.join(sorted(missing))}; it can't be driven in a few steps.")
+        raise PipelineError(
+            f"{type(pipe).__name__} takes no {' or '.join(sorted(missing))}; it can't be driven in a few steps."
+        )
     if unet.config.get("time_cond_proj_dim") is not None:
         raise PipelineError(
             "this UNet is a full latent consistency model already (time_cond_proj_dim is set): it needs no LCM-LoRA, "
@@ -137,7 +145,8 @@ def _usable_schedule(pipe: Any) -> None:
     config = pipe.scheduler.config
     if "beta_start" not in config and "trained_betas" not in config:
         raise PipelineError(
-            f"{type(pipe.scheduler).__name__} has no beta schedule (an EDM base?): LCM-LoRAs are made for epsilon models with betas."
+            f"{type(pipe.scheduler).__name__} has no beta schedule (an EDM base?): "
+            "LCM-LoRAs are made for epsilon models with betas."
         )
     if config.get("prediction_type", "epsilon") != "epsilon":
         warnings.warn(
@@ -149,7 +158,7 @@ def _usable_schedule(pipe: Any) -> None:
 
 
 def _base(unet: nn.Module, request: Request) -> registry.Base | None:
-    """The base found and, where one is named, that it is the one. None is a UNet of its own, with a LoRA of its own."""
+    """The base found and, where one is named, that it is the one. None: a UNet and LoRA of their own."""
     found = registry.find_base(unet)
     if request.base == "auto":
         if found is None and request.lora is None:
@@ -157,8 +166,13 @@ def _base(unet: nn.Module, request: Request) -> registry.Base | None:
         return found
     named = registry.by_name(request.base)
     if found is not named:
-        is_ = f"{found.title} (base={found.name!r})" if found else f"none of the known bases ({registry.unknown(unet)})"
-        raise BaseModelError(f"base={named.name!r} was given, {named.title}, but the pipe's UNet is {is_}. base='auto' finds it by itself.")
+        is_ = (
+            f"{found.title} (base={found.name!r})" if found else f"none of the known bases ({registry.unknown(unet)})"
+        )
+        raise BaseModelError(
+            f"base={named.name!r} was given, {named.title}, but the pipe's UNet is {is_}. "
+            "base='auto' finds it by itself."
+        )
     return named
 
 
@@ -175,12 +189,19 @@ def _lcm_share(unet: nn.Module, base: registry.Base | None, request: Request) ->
     if left_out or coverage.clashes or coverage.foreign:
         raise LoraMismatchError(_mismatch(info, unet, base, left_out, coverage.clashes, coverage.foreign))
     if info.text_encoder_keys:
-        raise LoraMismatchError(f"{info.describe()} has text-encoder keys, which an LCM-LoRA has not: is it a style LoRA? Pass styles=.")
+        raise LoraMismatchError(
+            f"{info.describe()} has text-encoder keys, which an LCM-LoRA has not: is it a style LoRA? Pass styles=."
+        )
     return Share(info.path, coverage.pairs, request.weight)
 
 
 def _mismatch(
-    info: LoraInfo, unet: nn.Module, base: registry.Base | None, left_out: list[str], clashes: tuple[str, ...], foreign: tuple[str, ...]
+    info: LoraInfo,
+    unet: nn.Module,
+    base: registry.Base | None,
+    left_out: list[str],
+    clashes: tuple[str, ...],
+    foreign: tuple[str, ...],
 ) -> str:
     total = len(lcm_layers(unet))
     parts = [f"covers {total - len(left_out)} of the {total} layers an LCM-LoRA of this UNet has to cover"]
@@ -189,9 +210,12 @@ def _mismatch(
     if foreign:
         parts.append(f"names {len(foreign)} modules that the UNet has not (such as {foreign[0]})")
     fits = _looks_like(info)
-    way_out = f" For this pipe use {base.lora}." if base and base.lora else " Pass lora= with a file made for this UNet."
+    way_out = (
+        f" For this pipe use {base.lora}." if base and base.lora else " Pass lora= with a file made for this UNet."
+    )
     return (
-        f"{info.path} does not fit this pipe, {base.title if base else 'a UNet of its own kind'}: it {', '.join(parts)}."
+        f"{info.path} does not fit this pipe, {base.title if base else 'a UNet of its own kind'}: "
+        f"it {', '.join(parts)}."
         + (f" It looks like the LCM-LoRA of {fits.title}." if fits and fits is not base else "")
         + way_out
     )
@@ -210,7 +234,8 @@ def _style_share(unet: nn.Module, name: str, style: Style, hub: dict[str, Any]) 
         odd = (*coverage.clashes, *coverage.foreign)
         raise LoraMismatchError(
             f"style {name!r}, {info.describe()}, does not fit this pipe's UNet (text width "
-            f"{registry.signature(unet)[0]}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have other shapes, "
+            f"{registry.signature(unet)[0]}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have "
+            "other shapes, "
             f"{len(coverage.foreign)} do not exist" + (f", such as {odd[0]}." if odd else ".")
         )
     return Share(info.path, coverage.pairs, style.weight), bool(info.text_encoder_keys)
@@ -238,8 +263,8 @@ def _not_plain(name: str, layer: nn.Module) -> str | None:
 def lcm_scheduler(pipe: Any) -> LCMScheduler:
     """An LCMScheduler for the pipe: its own betas and prediction type, without the settings that ruin LCM.
 
-    `clip_sample` and `thresholding` would clamp latents; `rescale_betas_zero_snr` makes alpha 0 at the first step, by which an
-    epsilon prediction is divided (scheduling_lcm.py, step).
+    `clip_sample` and `thresholding` would clamp latents; `rescale_betas_zero_snr` makes alpha 0 at the first step, by
+    which an epsilon prediction is divided (scheduling_lcm.py, step).
     """
     known = set(inspect.signature(LCMScheduler.__init__).parameters)
     config = {key: value for key, value in pipe.scheduler.config.items() if key in known}
@@ -253,5 +278,9 @@ def lcm_scheduler(pipe: Any) -> LCMScheduler:
 
 def check_weight(what: str, weight: float) -> None:
     """Refuse weights that are no numbers."""
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not torch.isfinite(torch.tensor(float(weight))):
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not torch.isfinite(torch.tensor(float(weight)))
+    ):
         raise LoraFileError(f"{what}: weight {weight!r} is no finite number.")

@@ -1,7 +1,8 @@
 """The bases an LCM-LoRA exists for, and how a UNet's structure tells them apart.
 
 A base is recognised by the width of its cross-attention, its block widths and the number of layers an LCM-LoRA adapts.
-Class and file names play no part: SDXL, SSD-1B and Segmind-Vega share class, widths and names, and differ in depth alone.
+Class and file names play no part: SDXL, SSD-1B and Segmind-Vega share class, widths and names, and differ in depth
+alone.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ def signature(unet: nn.Module) -> tuple[int | None, tuple[int, ...], int]:
     """(cross-attention width, block widths, number of layers an LCM-LoRA adapts)."""
     config: Any = unet.config
     width = config.get("cross_attention_dim")
-    return (width if isinstance(width, int) else None, tuple(config.get("block_out_channels") or ()), len(lcm_layers(unet)))
+    return (
+        width if isinstance(width, int) else None,
+        tuple(config.get("block_out_channels") or ()),
+        len(lcm_layers(unet)),
+    )
 
 
 def bases() -> tuple[Base, ...]:
@@ -82,7 +87,9 @@ def register(base: Base) -> None:
     for known in _registered.values():
         same = (known.cross_attention_dim, known.block_out_channels, known.layers)
         if known.name == base.name or same == (base.cross_attention_dim, base.block_out_channels, base.layers):
-            raise BaseModelError(f"base {base.name!r} can't be registered: {known.name!r} has that name or structure already.")
+            raise BaseModelError(
+                f"base {base.name!r} can't be registered: {known.name!r} has that name or structure already."
+            )
     _registered[base.name] = base
 
 
@@ -99,7 +106,9 @@ def detect_base(pipe_or_unet: Any) -> Base:
     """
     unet = unet_of(pipe_or_unet)
     if unet is None:
-        raise BaseModelError(f"{type(pipe_or_unet).__name__} has no UNet; lcmlora accelerates pipelines with a `unet`.")
+        raise BaseModelError(
+            f"{type(pipe_or_unet).__name__} has no UNet; lcmlora accelerates pipelines with a `unet`."
+        )
     base = find_base(unet)
     if base is None:
         raise BaseModelError(unknown(unet))

@@ -28,8 +28,8 @@ class Sheet:
 
     Attributes:
         images: the pictures, row by row.
-        rows: one dict a picture, in the same order: "prompt", "column", "seed", "seconds", the call's settings, and the
-            pipe's `status`.
+        rows: one dict a picture, in the same order: "prompt", "column", "seed", "seconds", the call's settings, and
+            the pipe's `status`.
         columns: the columns' labels.
         labels: the rows' labels: the prompts.
         title: a line above the sheet.
@@ -43,7 +43,7 @@ class Sheet:
 
     @property
     def image(self) -> Image.Image:
-        """The labelled contact sheet. Small pictures are enlarged to about 128 pixels, so that the labels have room."""
+        """The labelled contact sheet. Small pictures are enlarged to about 128 pixels, to give the labels room."""
         zoom = max(1, round(128 / self.images[0].width))
         width, height = (side * zoom for side in self.images[0].size)
         font = ImageFont.load_default(max(11, height // 11))
@@ -60,7 +60,9 @@ class Sheet:
         for row, label in enumerate(self.labels):
             y = top + row * (height + line + _GAP)
             for column in range(len(self.columns)):
-                picture = self.images[row * len(self.columns) + column].resize((width, height), Image.Resampling.BICUBIC)
+                picture = self.images[row * len(self.columns) + column].resize(
+                    (width, height), Image.Resampling.BICUBIC
+                )
                 sheet.paste(picture, (_GAP + column * (width + _GAP), y))
             draw.text((_GAP, y + height + 2), _fitted(label, font, sheet_width), fill=(90, 90, 90), font=font)
         return sheet
@@ -105,12 +107,19 @@ def _fitted(text: str, font: Any, width: int) -> str:
 
 
 def sweep(
-    pipe: Any, prompts: str | Sequence[str], cells: Mapping[str, Mapping[str, Any]], *, seed: int = SEED, title: str = "", **call: Any
+    pipe: Any,
+    prompts: str | Sequence[str],
+    cells: Mapping[str, Mapping[str, Any]],
+    *,
+    seed: int = SEED,
+    title: str = "",
+    **call: Any,
 ) -> Sheet:
-    """One picture for each prompt (row) and each cell (column): `cells` maps labels to the arguments in which columns differ.
+    """One picture for each prompt (row) and each cell (column): `cells` maps labels to the arguments in which columns
+    differ.
 
-    Every picture gets a fresh CPU generator of the same seed: LCM draws new noise in each step, so a shared generator would
-    make a picture depend on those before it.
+    Every picture gets a fresh CPU generator of the same seed: LCM draws new noise in each step, so a shared generator
+    would make a picture depend on those before it.
 
     Args:
         pipe: a pipeline, accelerated or not.
@@ -130,14 +139,23 @@ def sweep(
             image = pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **settings).images[0]
             seconds = time.perf_counter() - began
             images.append(image)
-            rows.append({"prompt": prompt, "column": label, "seed": seed, "seconds": seconds, **settings, "status": active})
+            rows.append(
+                {"prompt": prompt, "column": label, "seed": seed, "seconds": seconds, **settings, "status": active}
+            )
     return Sheet(tuple(images), tuple(rows), tuple(cells), tuple(prompts), title)
 
 
 def sweep_steps(
-    pipe: Any, prompts: str | Sequence[str], steps: Iterable[int] | None = None, *, seed: int = SEED, title: str = "", **call: Any
+    pipe: Any,
+    prompts: str | Sequence[str],
+    steps: Iterable[int] | None = None,
+    *,
+    seed: int = SEED,
+    title: str = "",
+    **call: Any,
 ) -> Sheet:
-    """The same pictures over steps: 1 to 8 for an accelerated pipe, 1 to 50 for another, unless `steps` says otherwise.
+    """The same pictures over steps: 1 to 8 for an accelerated pipe, 1 to 50 for another, unless `steps` says
+    otherwise.
 
     Args and returns: see `sweep`.
     """
@@ -177,7 +195,8 @@ def compare(
     accelerate: Mapping[str, Any] | None = None,
     **call: Any,
 ) -> Sheet:
-    """With and without, side by side: the pipe as it is at `base_steps`, then accelerated at `steps`. The pipe is given back.
+    """With and without, side by side: the pipe as it is at `base_steps`, then accelerated at `steps`. The pipe is
+    given back.
 
     Args:
         pipe: a pipeline that is not accelerated.
@@ -199,4 +218,6 @@ def compare(
     cells = {f"base, {count} steps": {"num_inference_steps": count} for count in base_steps}
     without = sweep(pipe, prompts, cells, seed=seed, title=title or "without and with the LCM-LoRA", **plain)
     with accelerated(pipe, **(accelerate or {})):
-        return without + sweep(pipe, prompts, {f"LCM, {steps} steps": {"num_inference_steps": steps}}, seed=seed, **call)
+        return without + sweep(
+            pipe, prompts, {f"LCM, {steps} steps": {"num_inference_steps": steps}}, seed=seed, **call
+        )

@@ -25,7 +25,8 @@ class Example:
 
 
 def read_folder(folder: str | Path) -> list[Example]:
-    """The pictures of a folder in the form of the hub's `imagefolder`: `metadata.jsonl` with `file_name` and `text` lines.
+    """The pictures of a folder in the form of the hub's `imagefolder`: `metadata.jsonl` with `file_name` and `text`
+    lines.
 
     Raises:
         DataError: no metadata, a line without those two, a picture that is not there, or no line at all.
@@ -33,7 +34,9 @@ def read_folder(folder: str | Path) -> list[Example]:
     folder = Path(folder)
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
-        raise DataError(f'{folder} has no metadata.jsonl; write one line a picture: {{"file_name": "a.png", "text": "a red fox"}}')
+        raise DataError(
+            f'{folder} has no metadata.jsonl; write one line a picture: {{"file_name": "a.png", "text": "a red fox"}}'
+        )
     examples = []
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -42,7 +45,9 @@ def read_folder(folder: str | Path) -> list[Example]:
             row = json.loads(line)
             example = Example(folder / row["file_name"], row["text"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f'{metadata}, line {number}: {{"file_name": ..., "text": ...}} is expected, got {line[:80]!r}') from error
+            raise DataError(
+                f'{metadata}, line {number}: {{"file_name": ..., "text": ...}} is expected, got {line[:80]!r}'
+            ) from error
         if not isinstance(example.text, str) or not example.file.is_file():
             raise DataError(f"{metadata}, line {number}: {example.file} is not there, or its text is no string.")
         examples.append(example)
@@ -52,10 +57,11 @@ def read_folder(folder: str | Path) -> list[Example]:
 
 
 class Pictures(Dataset[dict[str, Any]]):
-    """Squares of `resolution` pixels in [-1, 1], with caption, original size (height, width) and crop corner (top, left).
+    """Squares of `resolution` pixels in [-1, 1], with caption, original size (height, width) and crop corner (top,
+    left).
 
-    What is random about an example (crop place, mirroring) is drawn from the seed and the example's turn, so that a resumed
-    run sees the same pictures.
+    What is random about an example (crop place, mirroring) is drawn from the seed and the example's turn, so that a
+    resumed run sees the same pictures.
     """
 
     def __init__(self, examples: list[Example], resolution: int, random_flip: bool, seed: int) -> None:
@@ -74,7 +80,9 @@ class Pictures(Dataset[dict[str, Any]]):
             raise DataError(f"{example.file} can't be read as a picture: {error}") from error
         width, height = picture.size
         scale = side / min(width, height)
-        picture = picture.resize((max(side, round(width * scale)), max(side, round(height * scale))), Image.Resampling.LANCZOS)
+        picture = picture.resize(
+            (max(side, round(width * scale)), max(side, round(height * scale))), Image.Resampling.LANCZOS
+        )
         left, top = (int(rng.integers(0, room + 1)) for room in (picture.width - side, picture.height - side))
         picture = picture.crop((left, top, left + side, top + side))
         if self.random_flip and rng.random() < 0.5:
@@ -97,7 +105,9 @@ class Turns(Sampler[list[tuple[int, int]]]):
     Computed from the step's number alone, so a run resumes in the middle of an epoch without saving anything.
     """
 
-    def __init__(self, examples: int, batch: int, seed: int, first: int, last: int, process: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self, examples: int, batch: int, seed: int, first: int, last: int, process: int = 0, processes: int = 1
+    ) -> None:
         self.examples, self.batch, self.seed, self.first, self.last = examples, batch, seed, first, last
         self.process, self.processes = process, processes
 
@@ -112,6 +122,8 @@ class Turns(Sampler[list[tuple[int, int]]]):
             for position in range(place, place + self.batch):
                 if position // self.examples != epoch:
                     epoch = position // self.examples
-                    order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+                    order = torch.randperm(
+                        self.examples, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    )
                 turns.append((int(order[position % self.examples]), position))
             yield turns

@@ -23,8 +23,8 @@ ADAPTER = "lcmlora_student"
 def save(unet: Any, folder: Path, config: DistillConfig, lora: LoraConfig) -> Path:
     """The adapter in diffusers' layout, half precision, its alpha in the metadata; returns the file.
 
-    Without that metadata every loader takes alpha for the rank. Only what every PEFT knows is written: diffusers hands the
-    metadata to `LoraConfig` as it is.
+    Without that metadata every loader takes alpha for the rank. Only what every PEFT knows is written: diffusers hands
+    the metadata to `LoraConfig` as it is.
     """
     state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
     tensors = {f"unet.{key}": value.detach().to("cpu", torch.float16).contiguous() for key, value in state.items()}
@@ -52,4 +52,6 @@ def check(pipe: Any, file: Path, inputs: dict[str, Any], expected: torch.Tensor)
     change = (expected - bare).float().norm()
     error = (loaded - expected).float().norm()
     if not error <= 0.02 * change + 1e-3 * expected.float().norm():
-        raise LcmLoraError(f"{file} does not load back: its UNet pass is off by {error:.3g}, where the LoRA changes {change:.3g}.")
+        raise LcmLoraError(
+            f"{file} does not load back: its UNet pass is off by {error:.3g}, where the LoRA changes {change:.3g}."
+        )

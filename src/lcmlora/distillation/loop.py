@@ -34,14 +34,14 @@ def distill(
 ) -> Path:
     """Distil an LCM-LoRA from a pipeline and a folder of captioned pictures.
 
-    The teacher's UNet serves as teacher (adapter off) and student (adapter on). It is given back as it was. At the end the
-    file is loaded through `accelerate` and compared with what was trained.
+    The teacher's UNet serves as teacher (adapter off) and student (adapter on). It is given back as it was. At the end
+    the file is loaded through `accelerate` and compared with what was trained.
 
     Args:
         teacher: a Stable Diffusion or SDXL pipeline, or the folder or repository id of one.
         data: folder with `metadata.jsonl`, one `{"file_name": ..., "text": ...}` a line.
-        output: folder for `pytorch_lora_weights.safetensors`, `log.jsonl` and checkpoints. A run of the same output folder
-            resumes from its newest checkpoint.
+        output: folder for `pytorch_lora_weights.safetensors`, `log.jsonl` and checkpoints. A run of the same output
+            folder resumes from its newest checkpoint.
         config: settings; the defaults are the LCM-LoRA report's.
         progress: show a progress bar.
 
@@ -66,9 +66,13 @@ def distill(
 def _check_teacher(pipe: Any) -> None:
     unet = unet_of(pipe)
     if unet is None or not all(hasattr(pipe, part) for part in ("vae", "scheduler", "encode_prompt")):
-        raise PipelineError(f"{type(pipe).__name__} can't be a teacher: a Stable Diffusion or SDXL pipeline is expected.")
+        raise PipelineError(
+            f"{type(pipe).__name__} can't be a teacher: a Stable Diffusion or SDXL pipeline is expected."
+        )
     if merge.tuner_layers(unet):
-        raise PipelineError("the teacher has LoRAs loaded: unload_lora_weights() first (or fuse them, then unload, to distil the mix).")
+        raise PipelineError(
+            "the teacher has LoRAs loaded: unload_lora_weights() first (or fuse them, then unload, to distil the mix)."
+        )
 
 
 @contextmanager
@@ -105,11 +109,15 @@ class _Run:
         except ImportError as error:
             raise LcmLoraError("distill needs Hugging Face Accelerate: pip install 'lcmlora[train]'") from error
         self.pipe, self.config, self.output = pipe, config, output
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation
+        )
         self.device = self.accelerator.device
         self.progress = progress and self.accelerator.is_local_main_process
         schedule = pipe.scheduler
-        self.solver = Solver(schedule.alphas_cumprod.clone(), schedule.config.get("prediction_type", "epsilon"), config.solver_steps)
+        self.solver = Solver(
+            schedule.alphas_cumprod.clone(), schedule.config.get("prediction_type", "epsilon"), config.solver_steps
+        )
         set_seed(config.seed)  # the adapter's first weights, the same in every process
         self.lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=list(KINDS))  # type: ignore[arg-type]
         pipe.to(self.device)
@@ -160,7 +168,9 @@ class _Run:
         """One forward and backward pass; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * _rate(self.step, self.config)
-        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + micro) * 65_537 + self.accelerator.process_index)
+        generator = torch.Generator().manual_seed(
+            (self.config.seed * 1_000_003 + micro) * 65_537 + self.accelerator.process_index
+        )
         with self.accelerator.autocast():
             loss = self._loss(batch, generator)
         if not torch.isfinite(loss):
@@ -178,7 +188,7 @@ class _Run:
         return float(loss.detach())
 
     def _loss(self, batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
-        """d(f(z_{t_n+k}, c, t_n+k), f(z^_{t_n}, c, t_n)), z^ from one guided DDIM step of the teacher (paper, algorithm 1)."""
+        """d(f(z_{t_n+k}, c, t_n+k), f(z^_{t_n}, c, t_n)), z^ by one guided DDIM step (paper, algorithm 1)."""
         with torch.no_grad():
             z_0 = self._encode(batch["pixels"])
             conditions, both = self._conditions(batch)
@@ -217,7 +227,7 @@ class _Run:
         return encoded.float() * vae.config.scaling_factor  # type: ignore[no-any-return]
 
     def _conditions(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The UNet's text arguments for the batch, and for conditional and unconditional as one batch of twice the size."""
+        """The UNet's text arguments for the batch, and for conditional and unconditional as one double batch."""
         count = len(batch["text"])
         encoded = self.pipe.encode_prompt(
             batch["text"], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
@@ -226,7 +236,10 @@ class _Run:
         both = {"encoder_hidden_states": torch.cat([encoded[0], encoded[1].expand_as(encoded[0])])}
         if len(encoded) == 4:  # SDXL: pooled embeddings, and the picture's sizes
             side = [self.config.resolution or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor] * 2
-            sizes = [[*original, *corner, *side] for original, corner in zip(batch["original_size"], batch["corner"], strict=True)]
+            sizes = [
+                [*original, *corner, *side]
+                for original, corner in zip(batch["original_size"], batch["corner"], strict=True)
+            ]
             time_ids = torch.tensor(sizes, device=self.device, dtype=encoded[0].dtype)
             text["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": time_ids}
             pooled = torch.cat([encoded[2], encoded[3].expand_as(encoded[2])])
@@ -236,12 +249,17 @@ class _Run:
 
     def _log(self, loss: float, seconds: float) -> None:
         if self.accelerator.is_main_process:
-            row = {"step": self.step, "loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2)}
+            row = {
+                "step": self.step,
+                "loss": loss,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": round(seconds, 2),
+            }
             with (self.output / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
 
     def _save_checkpoint(self) -> None:
-        """What a run can't recompute: the LoRA, its average and the optimizer's state. The newest replaces the one before."""
+        """What a run can't recompute: the LoRA, its average, the optimizer's state. The newest replaces the last."""
         if not self.accelerator.is_main_process:
             return
         state = {

@@ -17,7 +17,7 @@ TIMESTEP_SCALING = 10.0
 
 
 def boundary_scalings(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """c_skip and c_out (paper, section 3 and appendix): 1 and 0 at t = 0, so that the function is the identity there."""
+    """c_skip and c_out (paper, section 3 and appendix): 1 and 0 at t = 0: the function is the identity there."""
     scaled = timesteps.double() * TIMESTEP_SCALING
     total = scaled**2 + SIGMA_DATA**2
     return SIGMA_DATA**2 / total, scaled / total.sqrt()
@@ -50,9 +50,13 @@ class Solver:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise PipelineError(f"the teacher predicts {self.prediction_type!r}; 'epsilon' or 'v_prediction' can be distilled.")
+            raise PipelineError(
+                f"the teacher predicts {self.prediction_type!r}; 'epsilon' or 'v_prediction' can be distilled."
+            )
         if len(self.alphas_cumprod) % self.solver_steps:
-            raise PipelineError(f"solver_steps={self.solver_steps} does not divide the teacher's {len(self.alphas_cumprod)} timesteps.")
+            raise PipelineError(
+                f"solver_steps={self.solver_steps} does not divide the teacher's {len(self.alphas_cumprod)} timesteps."
+            )
 
     @property
     def skip(self) -> int:
@@ -74,7 +78,9 @@ class Solver:
         alpha, sigma = self.alpha_sigma(timesteps, z_0)
         return alpha * z_0 + sigma * eps
 
-    def split(self, prediction: torch.Tensor, z_t: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(
+        self, prediction: torch.Tensor, z_t: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(z_0, eps) that a prediction of the UNet stands for."""
         alpha, sigma = self.alpha_sigma(timesteps, z_t)
         if self.prediction_type == "v_prediction":

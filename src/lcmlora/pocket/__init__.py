@@ -1,7 +1,8 @@
 """The embedded model: a real, small text-to-image pipeline of Stable Diffusion's shape that needs no hub.
 
-It draws some eighty things on twelve backgrounds, 64 x 64 pixels: "a small fox on a teal background, on the left". Beside it
-lie its LCM-LoRA (made by `lcmlora.distill`), a style LoRA and a fine-tuned UNet. `examples/pocket/` made them all.
+It draws some eighty things on twelve backgrounds, 64 x 64 pixels: "a small fox on a teal background, on the left".
+Beside it lie its LCM-LoRA (made by `lcmlora.distill`), a style LoRA and a fine-tuned UNet. `examples/pocket/` made
+them all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ LCM_LORA = MODEL / "lcm-lora"
 STYLE = MODEL / "style-lora"
 """The style LoRA's folder: soft 3-D renders, for `accelerate(pipe, styles={"3d": lcmlora.pocket.STYLE})`."""
 GUIDANCE = 4.0
-"""The `guidance_scale` at which the model itself is best, when it is not accelerated (benchmarks/pocket_quality.py)."""
+"""The `guidance_scale` at which the model itself is best, when it is not accelerated (benchmarks/pocket_quality.py).
+"""
 
 
 def words() -> dict[str, list[str]]:
@@ -31,8 +33,8 @@ def load_pocket(variant: Literal["base", "chalk"] = "base", *, dtype: torch.dtyp
     """Load the embedded model, without any network.
 
     Args:
-        variant: "base", or "chalk": the same pipeline with a UNet fine-tuned on chalk drawings, to which the base's LCM-LoRA
-            applies untouched.
+        variant: "base", or "chalk": the same pipeline with a UNet fine-tuned on chalk drawings, to which the base's
+            LCM-LoRA applies untouched.
         dtype: of all weights; None is float32 (the files are half precision, which most CPUs compute slowly).
 
     Returns:
