@@ -38,6 +38,7 @@ _HOME = {
     "load_pocket": "pocket",
     "register": "registry",
     "restore": "acceleration",
+    "set_styles": "acceleration",
     "status": "acceleration",
     "sweep_guidance": "sheets",
     "sweep_steps": "sheets",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .acceleration import accelerated as accelerated
     from .acceleration import is_accelerated as is_accelerated
     from .acceleration import restore as restore
+    from .acceleration import set_styles as set_styles
     from .acceleration import status as status
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill

@@ -6,15 +6,21 @@ import dataclasses
 import functools
 import logging
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import calls, merge
-from .errors import PipelineError
-from .plan import LCM, Fuse, Keep, Plan, Request, Style, check_weight, lcm_scheduler, make
+from torch import nn
+
+from . import adapters, calls, merge, plan
+from .errors import LcmLoraWarning, PipelineError
+from .merge import Keep
+from .plan import LCM, Fuse, Part, Request, Style, Styles
+from .registry import Base
 from .unets import layers, unet_of
 
 logger = logging.getLogger(__name__)
@@ -52,17 +58,22 @@ class _UnetRecord:
     """What was done to the weights. `pipes` are the shells that rely on it; the last one restored gives them back."""
 
     request: Request
-    plan: Plan
-    undo: _Undo
+    base: Base | None
+    lcm: Path
+    parts: dict[str, Part]
+    weights: dict[str, float]
     originals: merge.Originals
-    pipes: weakref.WeakSet[Any]
+    undo: _Undo
+    schedulers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)  # (ours, the one it stands for)
+    pipes: weakref.WeakSet[Any] = dataclasses.field(default_factory=weakref.WeakSet)
+
+    @property
+    def fused(self) -> bool:
+        return self.parts["unet"].merged
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _UnetRecord:
-        from copy import deepcopy
-
-        return _UnetRecord(
-            self.request, self.plan, deepcopy(self.undo, memo), deepcopy(self.originals, memo), weakref.WeakSet()
-        )
+        names = [field.name for field in dataclasses.fields(self) if field.name != "pipes"]
+        return _UnetRecord(**{name: deepcopy(getattr(self, name), memo) for name in names})
 
 
 @dataclasses.dataclass
@@ -78,16 +89,17 @@ class Status:
     """What is active in a pipe now, read from its modules.
 
     Attributes:
-        accelerated: whether this pipe was accelerated.
-        base: the base's name, "custom" for a UNet of no known structure; None if not accelerated.
+        accelerated: whether this pipe was accelerated. A sibling that shares the UNet may be, when this one is not.
+        base: the base's name, "custom" for a UNet of no known structure; None if its UNet is not accelerated.
         lora: the LCM-LoRA's file.
         weight: the weight that it counts with.
         fused: whether the LoRAs are merged into the weights; False where they are PEFT adapters.
-        styles: the styles' weights by name: those that were there before and those that `accelerate` loaded.
+        styles: the styles' weights by name: those that were there before and those that lcmlora loaded.
         adapters: the PEFT adapters active in the UNet, with their weights (none when fused).
         scheduler: the scheduler's class name.
         steps, guidance: what a call gets that passes none. None if not accelerated, or left to the caller.
-        kept_bytes: host memory that holds the merged layers' originals for `restore`.
+        keep: where the merged layers' originals are: "memory", "disk" or None.
+        kept_bytes: how many bytes they take there.
     """
 
     accelerated: bool
@@ -100,6 +112,7 @@ class Status:
     scheduler: str
     steps: int | None
     guidance: float | None
+    keep: str | None
     kept_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,8 +126,8 @@ def accelerate(
     *,
     lora: str | Path | None = None,
     weight_name: str | None = None,
-    weight: float = 1.0,
-    styles: Mapping[str, str | Path | Style] | None = None,
+    weight: float | None = None,
+    styles: Styles | None = None,
     fuse: Fuse = "auto",
     keep: Keep = "memory",
     steps: int = 4,
@@ -131,18 +144,18 @@ def accelerate(
     touched, and whatever fails afterwards is rolled back. The same call twice does nothing the second time.
 
     Args:
-        pipe: a diffusers pipeline with a `UNet2DConditionModel`.
+        pipe: a diffusers pipeline with a `UNet2DConditionModel` or `UNetMotionModel`.
         base: "auto" finds the base from the UNet's structure; a name (see `bases()`) is checked against it.
         lora: the LCM-LoRA, where it is not the base's own: repository id, folder or safetensors file. A UNet that is
             no known base needs it; any UNet will do whose LCM layers the file covers.
         weight_name: the file's name inside that repository or folder, where it is not
             `pytorch_lora_weights.safetensors`.
-        weight: what the LCM-LoRA counts with; 1.0 is as distilled.
-        styles: name -> source or `Style`: style LoRAs to load beside it. They get names of their own in the UNet.
+        weight: what the LCM-LoRA counts with; None is the base's own, 1.0 as a rule.
+        styles: name -> source or `Style`: style LoRAs to load beside it.
         fuse: "auto" merges the LoRAs into the weights wherever those are plain floats (no cost per step), True insists
             on it, False leaves PEFT adapters.
-        keep: where the merged layers' originals wait for `restore`: "memory" (host memory), or None, and then
-            `restore` refuses.
+        keep: where the merged layers' originals wait for `restore`: "memory" (host memory), "disk" (a temporary file,
+            in TMPDIR), or None, and then `restore` and `set_styles` refuse.
         steps: `num_inference_steps` of calls that pass none, 1 to 50.
         guidance: `guidance_scale` of calls that pass none. What a call passes is kept within 1 to 2, with a warning.
             None leaves guidance alone altogether.
@@ -158,22 +171,16 @@ def accelerate(
         not there, not safetensors, damaged, or no plain LoRA. LoraMismatchError: a LoRA is made for another UNet.
         CallError: steps or guidance are outside what works.
     """
+    hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     request = Request(
         base=base,
         lora=lora,
         weight_name=weight_name,
         weight=weight,
-        styles=tuple((name, s if isinstance(s, Style) else Style(s)) for name, s in (styles or {}).items()),
+        styles=tuple((name, _style(source)) for name, source in (styles or {}).items()),
         fuse=fuse,
         keep=keep,
-        hub=tuple(
-            {
-                "revision": revision,
-                "cache_dir": cache_dir,
-                "token": token,
-                "local_files_only": local_files_only,
-            }.items()
-        ),
+        hub=tuple(hub.items()),
     )
     _check(request)
     policy = calls.Policy(steps=steps, guidance=guidance, strict=strict)
@@ -181,19 +188,33 @@ def accelerate(
     with _lock:
         if _already(pipe, request, policy):
             return pipe
-        unet = unet_of(pipe)
-        record: _UnetRecord | None = getattr(unet, _RECORD, None)
         with _Undo() as undo:
+            record = _record_of(pipe)
             if record is None:
-                plan = make(pipe, request)
-                record = _apply_to_unet(pipe, plan, request)
+                made = plan.make(pipe, request)
+                record, scheduler = _new_record(made, request), made.scheduler
                 undo.push(record.undo.run)
-                scheduler = plan.scheduler
+                _apply_to_unet(unet_of(pipe), record)
             else:  # a sibling made the shared UNet fast already
-                scheduler = lcm_scheduler(pipe)
-            _apply_to_pipe(pipe, scheduler, policy)
-        record.pipes.add(pipe)
+                scheduler = plan.lcm_scheduler(pipe, record.base)
+            _apply_to_pipe(pipe, scheduler, policy, record)
+            record.pipes.add(pipe)
+        if keep is None:  # until here a failure could still be undone
+            record.originals.forget()
     return pipe
+
+
+def _style(source: str | Path | Style) -> Style:
+    return source if isinstance(source, Style) else Style(source)
+
+
+def _record_of(pipe: Any) -> _UnetRecord | None:
+    return getattr(unet_of(pipe), _RECORD, None)
+
+
+def _pipe_record_of(pipe: Any) -> _PipeRecord | None:
+    record = getattr(pipe, "__dict__", {}).get(_RECORD)
+    return record if isinstance(record, _PipeRecord) else None
 
 
 def _forget(thing: Any) -> None:
@@ -203,24 +224,26 @@ def _forget(thing: Any) -> None:
 def _check(request: Request) -> None:
     if request.fuse not in ("auto", True, False):
         raise PipelineError(f"fuse={request.fuse!r}: 'auto', True or False is expected.")
-    if request.keep not in ("memory", None):
-        raise PipelineError(f"keep={request.keep!r}: 'memory' or None is expected.")
-    check_weight("lora", request.weight)
+    if request.keep not in ("memory", "disk", None):
+        raise PipelineError(f"keep={request.keep!r}: 'memory', 'disk' or None is expected.")
+    if request.weight is not None:
+        plan.check_weight("the LCM-LoRA", request.weight)
     for name, style in request.styles:
-        check_weight(f"style {name!r}", style.weight)
+        plan.check_weight(f"style {name!r}", style.weight)
 
 
 def _already(pipe: Any, request: Request, policy: calls.Policy) -> bool:
     """Whether this very acceleration is in place; another one is an error."""
-    unet = unet_of(pipe)
-    record: _UnetRecord | None = getattr(unet, _RECORD, None)
+    record = _record_of(pipe)
     if record is None:
         return False
     if record.request != request:
         raise PipelineError(
-            "this pipe's UNet is accelerated with other settings already; lcmlora.restore(pipe) first."
+            "this pipe's UNet is accelerated with other settings already: lcmlora.set_styles(pipe, ...) changes "
+            "styles, "
+            "lcmlora.restore(pipe) makes way for everything else."
         )
-    mine: _PipeRecord | None = getattr(pipe, _RECORD, None)
+    mine = _pipe_record_of(pipe)
     if mine is not None and mine.policy != policy:
         raise PipelineError(
             "this pipe is accelerated with other steps or guidance already; lcmlora.restore(pipe) first."
@@ -228,60 +251,51 @@ def _already(pipe: Any, request: Request, policy: calls.Policy) -> bool:
     return mine is not None
 
 
-def _apply_to_unet(pipe: Any, plan: Plan, request: Request) -> _UnetRecord:
-    unet = unet_of(pipe)
-    assert unet is not None
-    originals = merge.Originals()
-    with _Undo() as undo:
-        _add_text_styles(pipe, plan, undo)
-        before = merge.Adapters(unet)
-        undo.push(before.restore)
-        if plan.fuse:
-            tuners = merge.tuner_layers(unet)
-            merge.park(unet)
-            undo.push(originals.restore)
-            merge.merge(layers(unet), [plan.lcm, *plan.styles.values()], tuners, originals)
-            logger.info("merged %s; %.0f MiB of originals kept", plan.lcm.path.name, originals.bytes / 2**20)
-        else:
-            for name, share in {LCM: plan.lcm, **plan.styles}.items():
-                if share.pairs:
-                    merge.inject(unet, name, share)
-            weights = {name: share.weight for name, share in {LCM: plan.lcm, **plan.styles}.items() if share.pairs}
-            merge.activate(unet, {**plan.adapters, **weights})
-        record = _UnetRecord(request, plan, undo, originals, weakref.WeakSet())
-        undo.push(_forget, unet)
-        unet.__dict__[_RECORD] = record
-    if plan.fuse and request.keep is None:
-        originals.forget()
-    return record
+def _new_record(made: plan.Plan, request: Request) -> _UnetRecord:
+    if made.kept_bytes:
+        logger.info(
+            "the originals of the merged layers take %.0f MiB (keep=%r)", made.kept_bytes / 2**20, request.keep
+        )
+    return _UnetRecord(
+        request=request,
+        base=made.base,
+        lcm=made.lcm,
+        parts={part.name: part for part in made.parts},
+        weights=dict(made.weights),
+        originals=merge.Originals(request.keep),
+        undo=_Undo(),
+    )
 
 
-def _add_text_styles(pipe: Any, plan: Plan, undo: _Undo) -> None:
-    """Load the text-encoder halves of the styles, as PEFT adapters whatever `fuse` says: they run once a picture."""
-    if not plan.text_styles:
+def _apply_to_unet(unet: Any, record: _UnetRecord) -> None:
+    record.undo.push(record.originals.forget)
+    for part in record.parts.values():
+        _change(part, {}, record.weights, record.originals, record.undo)
+    record.undo.push(_forget, unet)
+    unet.__dict__[_RECORD] = record
+
+
+def _change(
+    part: Part, there: Mapping[str, Any], weights: Mapping[str, float], originals: merge.Originals, undo: _Undo
+) -> None:
+    """Bring a part to the weights given; `there` are the LoRAs that are in it already, none the first time."""
+    if not there:
+        undo.push(part.adapters.restore)
+    if part.merged:
+        if not there:
+            part.adapters.park()
+        undo.push(originals.restore)
+        merge.merge(layers(part.module), part.loras, weights, originals)
         return
-    for part in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(pipe, part, None)
-        if encoder is None:
-            continue
-        before = merge.Adapters(encoder)
-        undo.push(before.restore)
-        loaded = {}
-        for name in plan.text_styles:
-            state, alphas = pipe.lora_state_dict(str(plan.styles[name].path), unet_config=unet_of(pipe).config)  # type: ignore[union-attr]
-            if any(key.startswith(f"{part}.") for key in state):
-                pipe.load_lora_into_text_encoder(
-                    state, network_alphas=alphas, text_encoder=encoder, prefix=part, adapter_name=name
-                )
-                loaded[name] = plan.styles[name].weight
-        if loaded:
-            from diffusers.utils import set_weights_and_activate_adapters
-
-            weights = {**before.weights, **loaded}
-            set_weights_and_activate_adapters(encoder, list(weights), list(weights.values()))
+    for name, lora in part.loras.items():
+        if isinstance(lora, merge.FileLora) and name not in there:
+            adapters.inject(part.module, name, lora)
+    adapters.activate(part.module, {name: w for name, w in weights.items() if name in part.loras})
 
 
-def _apply_to_pipe(pipe: Any, scheduler: Any, policy: calls.Policy) -> None:
+def _apply_to_pipe(pipe: Any, scheduler: Any, policy: calls.Policy, record: _UnetRecord) -> None:
+    # A sibling made from an accelerated pipe has our scheduler: what it stands for is what the sibling gets back.
+    before = next((theirs for ours, theirs in record.schedulers if ours is pipe.scheduler), pipe.scheduler)
     with _Undo() as undo:
         undo.push(setattr, pipe, "scheduler", pipe.scheduler)
         pipe.scheduler = scheduler
@@ -289,6 +303,8 @@ def _apply_to_pipe(pipe: Any, scheduler: Any, policy: calls.Policy) -> None:
         calls.install(pipe, policy)
         undo.push(_forget, pipe)
         pipe.__dict__[_RECORD] = _PipeRecord(policy, undo)
+        undo.push(setattr, pipe, "scheduler", before)
+    record.schedulers.append((scheduler, before))
 
 
 def restore(pipe: Pipe) -> Pipe:
@@ -300,23 +316,125 @@ def restore(pipe: Pipe) -> Pipe:
         PipelineError: the pipe is not accelerated, or its originals were not kept (keep=None).
     """
     with _lock:
-        mine: _PipeRecord | None = getattr(pipe, "__dict__", {}).get(_RECORD)
+        mine, record = _pipe_record_of(pipe), _record_of(pipe)
         if mine is None:
             raise PipelineError(f"this {type(pipe).__name__} is not accelerated, so there is nothing to restore.")
-        unet = unet_of(pipe)
-        record: _UnetRecord | None = getattr(unet, _RECORD, None)
         if record is not None:
             others = [other for other in record.pipes if other is not pipe]
-            if record.plan.fuse and record.request.keep is None and not others:
-                raise PipelineError(
-                    "the weights were merged with keep=None, so the originals are gone: load the pipe anew with "
-                    "from_pretrained. keep='memory' makes restore possible."
-                )
             if not others:
+                _require_originals(record, "restore the weights")
+                _tell_what_goes(record)
                 record.undo.run()
             record.pipes.discard(pipe)
         mine.undo.run()
     return pipe
+
+
+def _require_originals(record: _UnetRecord, purpose: str) -> None:
+    if record.request.keep is None and any(part.merged for part in record.parts.values()):
+        raise PipelineError(
+            f"the LoRAs were merged with keep=None, so the originals are gone and lcmlora can't {purpose}: load the "
+            "pipe "
+            "anew with from_pretrained. accelerate(pipe, keep='memory') or keep='disk' makes it possible."
+        )
+
+
+def _tell_what_goes(record: _UnetRecord) -> None:
+    """Warn of adapters that somebody loaded in the meantime: `restore` gives back what `accelerate` found."""
+    late = {
+        name
+        for part in record.parts.values()
+        for name in adapters.Adapters(part.module).names - set(part.loras) - part.adapters.names
+    }
+    if late:
+        warnings.warn(
+            f"restore removes {sorted(late)}, loaded while the pipe was accelerated. set_styles, or loading before "
+            "accelerate, keeps LoRAs.",
+            LcmLoraWarning,
+            stacklevel=calls.caller_depth(),
+        )
+
+
+def set_styles(pipe: Pipe, styles: Mapping[str, float | str | Path | Style]) -> Pipe:
+    """Change the styles of an accelerated pipe: which there are, and how strongly they count. The LCM-LoRA stays.
+
+    Merged weights are computed anew from the originals, so any number of changes leaves exactly what `accelerate` with
+    these styles would have made, in the same memory (a compiled UNet needs no recompilation).
+
+    Args:
+        pipe: an accelerated pipe; its siblings that share the UNet change with it.
+        styles: all the styles wanted. name -> a weight, for a style that is there (loaded before `accelerate`, or by
+            lcmlora); name -> source or `Style`, for a new one. Styles that are not named are off.
+
+    Returns:
+        The same pipe.
+
+    Raises:
+        PipelineError: the pipe is not accelerated, its originals were not kept, or a name can't be used.
+        LoraFileError, LoraMismatchError: as for `accelerate`. Nothing is changed then.
+    """
+    with _lock:
+        record = _record_of(pipe)
+        if record is None or _pipe_record_of(pipe) is None:
+            raise PipelineError("set_styles changes an accelerated pipe; lcmlora.accelerate(pipe, styles=...) first.")
+        _require_originals(record, "change styles")
+        parts, weights = _restyled(pipe, record, styles)
+        with _Undo() as undo:
+            for name, part in parts.items():
+                old = record.parts.get(name)
+                if old is not None and part.merged:
+                    undo.push(merge.merge, layers(part.module), old.loras, record.weights, record.originals)
+                elif old is not None:
+                    undo.push(adapters.Adapters(part.module).restore)
+                _change(part, old.loras if old else {}, weights, record.originals, undo if old is None else _Undo())
+        for name, part in parts.items():
+            _settle(record, name, part)
+        record.weights = weights
+    return pipe
+
+
+def _restyled(
+    pipe: Any, record: _UnetRecord, styles: Mapping[str, float | str | Path | Style]
+) -> tuple[dict[str, Part], dict[str, float]]:
+    """The parts and weights that an accelerated pipe gets with these styles, all of it checked."""
+    there = {name: lora for part in record.parts.values() for name, lora in part.loras.items() if name != LCM}
+    weights = {LCM: record.weights[LCM]}
+    files: dict[str, dict[str, merge.FileLora]] = {}
+    for name, wanted in styles.items():
+        if isinstance(wanted, str | Path | Style):
+            style = _style(wanted)
+            plan.check_style_name(name, set(there) | set(weights))
+            for part_name, lora in plan.style_loras(pipe, name, style, dict(record.request.hub)).items():
+                files.setdefault(part_name, {})[name] = lora
+            weights[name] = style.weight
+        elif name not in there:
+            raise PipelineError(
+                f"there is no style {name!r}; those that are there: {sorted(there)}. Give its source, or "
+                "lcmlora.Style(source, weight)."
+            )
+        else:
+            weights[name] = wanted
+        plan.check_weight(f"style {name!r}", weights[name])
+    parts = {}
+    for part_name in {**record.parts, **files}:
+        part = record.parts.get(part_name) or plan.part_for(pipe, part_name, record.fused)
+        kept = {
+            name: lora for name, lora in part.loras.items() if name in weights or not isinstance(lora, merge.FileLora)
+        }
+        parts[part_name] = dataclasses.replace(part, loras={**kept, **files.get(part_name, {})})
+    return parts, weights
+
+
+def _settle(record: _UnetRecord, name: str, part: Part) -> None:
+    """After `set_styles` succeeded: what the record has to know, and adapters that are used no more."""
+    old = record.parts.get(name)
+    if old is None:
+        record.undo.push(part.adapters.restore)
+        if part.merged:
+            record.undo.push(record.originals.restore)
+    elif not part.merged:
+        adapters.delete(part.module, set(old.loras) - set(part.loras))
+    record.parts[name] = part
 
 
 @contextmanager
@@ -335,7 +453,7 @@ def accelerated(pipe: Pipe, *args: Any, **kwargs: Any) -> Iterator[Pipe]:
 
 def is_accelerated(pipe: Any) -> bool:
     """Whether `accelerate` was called on this pipe (and not yet `restore`)."""
-    return _RECORD in getattr(pipe, "__dict__", {})
+    return _pipe_record_of(pipe) is not None
 
 
 def status(pipe: Any) -> Status:
@@ -345,26 +463,23 @@ def status(pipe: Any) -> Status:
         PipelineError: there is no UNet.
     """
     unet = unet_of(pipe)
-    if unet is None:
+    if not isinstance(unet, nn.Module):
         raise PipelineError(f"{type(pipe).__name__} has no UNet.")
-    mine: _PipeRecord | None = getattr(pipe, "__dict__", {}).get(_RECORD)
-    record: _UnetRecord | None = getattr(unet, _RECORD, None)
-    active = merge.Adapters(unet).weights
-    plan = record.plan if record else None
-    fused = bool(plan and plan.fuse)
-    styles = (
-        {**plan.adapters, **{name: share.weight for name, share in plan.styles.items()}} if plan and fused else active
-    )
+    mine, record = _pipe_record_of(pipe), _record_of(pipe)
+    active = adapters.Adapters(unet).weights
+    fused = bool(record and record.fused)
+    weights = {**(record.weights if record and fused else {}), **active}
     return Status(
         accelerated=mine is not None,
-        base=plan.base if plan else None,
-        lora=str(plan.lcm.path) if plan else None,
-        weight=plan.lcm.weight if plan else None,
+        base=(record.base.name if record.base else "custom") if record else None,
+        lora=str(record.lcm) if record else None,
+        weight=weights.get(LCM) if record else None,
         fused=fused,
-        styles={name: w for name, w in styles.items() if name != LCM},
+        styles={name: w for name, w in weights.items() if name != LCM and w},
         adapters=active,
         scheduler=type(pipe.scheduler).__name__,
         steps=mine.policy.steps if mine else None,
         guidance=mine.policy.guidance if mine else None,
+        keep=record.request.keep if record and fused else None,
         kept_bytes=record.originals.bytes if record else 0,
     )

@@ -58,11 +58,12 @@ class Policy:
         """
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
-        if "num_inference_steps" in signature.parameters and given.get("timesteps") is None:
-            bound.arguments["num_inference_steps"] = self._steps(given, signature)
+        if given.get("timesteps") is None and given.get("sigmas") is None:
+            given["num_inference_steps"] = self._steps(given, signature)
+            self._sides(given, bound.args[0])
         if "guidance_scale" in signature.parameters and self.guidance is not None:
-            bound.arguments["guidance_scale"] = self._guidance(given)
-        self._negative_prompt(bound.arguments)
+            given["guidance_scale"] = self._guidance(given)
+        self._without_effect(given, bound.args[0])
         return bound
 
     def _steps(self, given: dict[str, Any], signature: inspect.Signature) -> int:
@@ -78,7 +79,32 @@ class Policy:
                 f"num_inference_steps={steps}: an LCM-LoRA is best at 4 to {GOOD_STEPS} steps and gets worse above.",
             )
         strength = given.get("strength", _default(signature, "strength"))
-        return steps if strength is None else steps_at_strength(steps, strength)
+        if strength is None or given.get("denoising_start") is not None:  # the latter stands in strength's place
+            return steps
+        return steps_at_strength(steps, strength)
+
+    @staticmethod
+    def _sides(given: dict[str, Any], pipe: Any) -> None:
+        """Refuse a split between two pipelines that leaves this one no step (SDXL, get_timesteps; pipeline_..._xl, l.
+        1195).
+        """
+        start, end = given.get("denoising_start"), given.get("denoising_end")
+        if start is None and end is None:
+            return
+        steps = given["num_inference_steps"]
+        timesteps = lcm_timesteps(pipe.scheduler, steps)
+        total = pipe.scheduler.config.num_train_timesteps
+        left = [
+            t
+            for t in timesteps
+            if (start is None or t < round(total - start * total)) and (end is None or t >= round(total - end * total))
+        ]
+        if not left:
+            raise CallError(
+                f"denoising_start={start!r}, denoising_end={end!r}: none of the {steps} LCM timesteps {timesteps} "
+                "lies there. "
+                "Pass more num_inference_steps, or split elsewhere."
+            )
 
     def _guidance(self, given: dict[str, Any]) -> float:
         low, high = GUIDANCE_RANGE
@@ -102,20 +128,35 @@ class Policy:
             )
         return guidance
 
-    def _negative_prompt(self, given: dict[str, Any]) -> None:
-        if given.get("guidance_scale", 2.0) <= 1 and (
-            given.get("negative_prompt") or given.get("negative_prompt_embeds") is not None
-        ):
+    def _without_effect(self, given: dict[str, Any], pipe: Any) -> None:
+        """Warn of arguments that do nothing here, or something else than the caller may think."""
+        if given.get("guidance_scale", 2.0) <= 1:
+            if given.get("negative_prompt") or given.get("negative_prompt_embeds") is not None:
+                self._once(
+                    "negative",
+                    "negative_prompt has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it. "
+                    "Each step then takes two UNet passes instead of one.",
+                )
+            if given.get("image_guidance_scale") is not None:
+                self._once(
+                    "image guidance",
+                    "image_guidance_scale has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with "
+                    "it. "
+                    "Each step then takes three UNet passes instead of one.",
+                )
+        if (given.get("cross_attention_kwargs") or {}).get("scale") is not None:
+            merged = not any(hasattr(module, "lora_A") for module in pipe.unet.modules())
             self._once(
-                "negative",
-                "negative_prompt has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it. Each "
-                "step then takes two UNet passes instead of one.",
+                "scale",
+                'cross_attention_kwargs["scale"] '
+                + ("has no effect on merged LoRAs" if merged else "scales the LCM-LoRA together with the styles")
+                + ": lcmlora.set_styles(pipe, {name: weight}) changes the styles alone.",
             )
 
     def _once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, LcmLoraWarning, stacklevel=_caller_depth())
+            warnings.warn(message, LcmLoraWarning, stacklevel=caller_depth())
 
 
 def steps_at_strength(steps: int, strength: float) -> int:
@@ -144,12 +185,19 @@ def steps_at_strength(steps: int, strength: float) -> int:
     return asked
 
 
+def lcm_timesteps(scheduler: Any, steps: int) -> list[int]:
+    """The timesteps of an LCM schedule, descending; the scheduler is left as it is."""
+    own = type(scheduler).from_config(scheduler.config)
+    own.set_timesteps(steps)
+    return [int(t) for t in own.timesteps]
+
+
 def _default(signature: inspect.Signature, name: str) -> Any:
     parameter = signature.parameters.get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
-def _caller_depth() -> int:
+def caller_depth() -> int:
     """How far up the stack the first caller outside this module (and torch's no_grad wrapper) is, for `warnings`."""
     frame, depth = inspect.currentframe(), 0
     while frame is not None and (

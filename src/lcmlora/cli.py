@@ -71,7 +71,7 @@ def inspect(source: str, weight_name: str | None) -> None:
     click.echo(info.describe())
     click.echo(
         f"format {info.format}; alphas {', '.join(f'{a:g}' for a in info.alphas)}; "
-        f"{info.text_encoder_keys} text-encoder keys"
+        f"{sum(map(len, info.text_modules.values()))} text-encoder modules"
     )
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .errors import LoraFileError
+from .unets import layer_shape
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """diffusers' usual name of a LoRA file."""
@@ -30,8 +31,17 @@ _PART = re.compile(
     r"(?P<part>lora_down|lora_up|lora_A|lora_B|down|up)(?:\.\w+)?\.weight$"
 )
 _SIDES = {"lora_down": "down", "lora_A": "down", "down": "down", "lora_up": "up", "lora_B": "up", "up": "up"}
-_TEXT_ENCODER = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
+_PREFIXES = {
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te1_": "text_encoder",
+    "lora_te_": "text_encoder",
+}
 _IN_FRONT = re.compile(r"^(?:unet\.)?(?:base_model\.model\.)?(?:unet\.)?")
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+MAX_RANK = 2048
+"""No layer of a known UNet has more rows or columns that a LoRA of higher rank could serve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Pair:
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether up @ down has the layer's weight shape (a 1 x 1 convolution and a linear layer are the same)."""
-        out, *rest = layer.weight.shape  # type: ignore[misc, operator]
+        out, *rest = layer_shape(layer)
         return self.up_shape[0] == out and math.prod(self.down_shape[1:]) == math.prod(rest)
 
 
@@ -71,9 +81,9 @@ class LoraInfo:
         path: the file.
         format: "kohya", "kohya-sgm" or "diffusers".
         modules: the UNet's adapted modules, by the file's own names.
+        text_modules: the same for "text_encoder" and "text_encoder_2", where the file has any.
         ranks: every rank that occurs, ascending.
         alphas: every alpha that occurs, ascending.
-        text_encoder_keys: how many keys belong to text encoders.
         cross_attention_dim: the text width it was made for (768 SD 1.x, 1024 SD 2.x, 2048 SDXL family); None if
             unknown.
     """
@@ -81,25 +91,27 @@ class LoraInfo:
     path: Path
     format: str
     modules: Mapping[str, Pair]
+    text_modules: Mapping[str, Mapping[str, Pair]]
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    text_encoder_keys: int
     cross_attention_dim: int | None
 
     def describe(self) -> str:
         """One line: "LCM.safetensors (278 modules, rank 64, text width 768)"."""
         ranks, width = "/".join(map(str, self.ranks)) or "none", self.cross_attention_dim or "?"
-        return f"{self.path.name} ({len(self.modules)} modules, rank {ranks}, text width {width})"
+        texts = sum(map(len, self.text_modules.values()))
+        also = f", {texts} in text encoders" if texts else ""
+        return f"{self.path.name} ({len(self.modules)} modules{also}, rank {ranks}, text width {width})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """How a file's modules and a UNet's layers meet.
+    """How a file's modules and a model's layers meet.
 
     Attributes:
         pairs: layer name -> the file's pair for it, shapes agreeing.
         clashes: layers that the file names, with other shapes.
-        foreign: modules of the file that the UNet has not.
+        foreign: modules of the file that the model has not.
     """
 
     pairs: Mapping[str, Pair]
@@ -172,61 +184,125 @@ def read(path: Path) -> LoraInfo:
     Raises:
         LoraFileError: not safetensors, truncated, no LoRA, or a kind of adapter other than plain LoRA.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            alphas = {
-                key.removesuffix(".alpha"): float(file.get_tensor(key))
-                for key in shapes
-                if key.endswith(".alpha") and not shapes[key]
-            }
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise LoraFileError(f"{path} can't be read as safetensors (truncated or corrupt?): {error}") from error
-    sides, text_encoder_keys = _sort_keys(path, shapes)
-    modules = {}
-    pattern = _Alphas(metadata)
-    for name, keys in sides.items():
-        if set(keys) != {"down", "up"}:
-            raise LoraFileError(f"{path}: module {name} has only {sorted(keys.values())}; a LoRA needs both halves.")
-        down, up = shapes[keys["down"]], shapes[keys["up"]]
-        if len(down) < 2 or len(up) < 2 or 0 in (*down, *up) or math.prod(up[1:]) != down[0]:
-            raise LoraFileError(f"{path}: the halves of {name} don't go together: {list(down)} and {list(up)}.")
-        alpha = alphas.get(name, pattern.of(_IN_FRONT.sub("", name), down[0]))
-        if not math.isfinite(alpha) or not 1e-3 <= abs(alpha) / down[0] <= 1e3:
-            raise LoraFileError(f"{path}: alpha {alpha} of {name} (rank {down[0]}) makes no sense.")
-        modules[name] = Pair(keys["down"], keys["up"], down, up, alpha)
-    if not modules and not text_encoder_keys:
-        raise LoraFileError(f"{path} holds no LoRA: none of its {len(shapes)} keys is a LoRA key.")
+    header = _Header.of(path)
+    modules: dict[str, dict[str, Pair]] = {"unet": {}, "text_encoder": {}, "text_encoder_2": {}}
+    for (part, name), keys in _sort_keys(header).items():
+        modules[part][name] = _pair(header, part, name, keys)
+    pairs = [pair for part in modules.values() for pair in part.values()]
+    if not pairs:
+        raise LoraFileError(f"{path} holds no LoRA: none of its {len(header.shapes)} keys is a LoRA key.")
+    unet = modules.pop("unet")
     return LoraInfo(
         path=path,
-        format=_format(modules),
-        modules=modules,
-        ranks=tuple(sorted({pair.rank for pair in modules.values()})),
-        alphas=tuple(sorted({pair.alpha for pair in modules.values()})),
-        text_encoder_keys=text_encoder_keys,
-        cross_attention_dim=_cross_attention_dim(modules),
+        format=_format(unet),
+        modules=unet,
+        text_modules={part: names for part, names in modules.items() if names},
+        ranks=tuple(sorted({pair.rank for pair in pairs})),
+        alphas=tuple(sorted({pair.alpha for pair in pairs})),
+        cross_attention_dim=_cross_attention_dim(unet),
     )
 
 
-def _sort_keys(path: Path, shapes: Mapping[str, Any]) -> tuple[dict[str, dict[str, str]], int]:
-    """({module: {"down": key, "up": key}}, number of text-encoder keys)."""
-    sides: dict[str, dict[str, str]] = {}
-    text_encoder_keys = 0
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What can be known of a file without its weights."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    alphas: Mapping[str, float]  # by module, as the file spells it
+    config: Mapping[
+        str, Any
+    ]  # what diffusers writes of PEFT's LoraConfig, keys with the part in front: "unet.lora_alpha"
+
+    @staticmethod
+    def of(path: Path) -> _Header:
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+                odd = [key for key, part in slices.items() if _part(key) and part.get_dtype() not in _FLOATS]
+                if odd:
+                    kind = slices[odd[0]].get_dtype()
+                    raise LoraFileError(f"{path}: {odd[0]} is of type {kind}; a LoRA's halves are floating point.")
+                alphas = {
+                    key.removesuffix(".alpha"): float(file.get_tensor(key))
+                    for key, shape in shapes.items()
+                    if key.endswith(".alpha") and math.prod(shape) == 1
+                }
+                written = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise LoraFileError(f"{path} can't be read as safetensors (truncated or corrupt?): {error}") from error
+        try:
+            config = json.loads(written)
+        except json.JSONDecodeError as error:
+            raise LoraFileError(f"{path}: its lora_adapter_metadata is no JSON, so alpha is unknown.") from error
+        return _Header(path, shapes, alphas, config if isinstance(config, dict) else {})
+
+    def alpha(self, part: str, name: str, rank: int) -> float:
+        """alpha as PEFT would have it: of the module's own key, else the metadata's, else the rank."""
+        if name in self.alphas:
+            return self.alphas[name]
+        patterns = self.config.get(f"{part}.alpha_pattern") or {}
+        module = _plain(part, name)
+        found = (value for pattern, value in patterns.items() if re.search(rf"(^|\.){re.escape(pattern)}$", module))
+        alpha = next(found, self.config.get(f"{part}.lora_alpha"))
+        if alpha is None:
+            return float(rank)
+        rank_stabilised = self.config.get(f"{part}.use_rslora")
+        return _number(alpha) * (math.sqrt(rank) if rank_stabilised else 1.0)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _part(key: str) -> re.Match[str] | None:
+    return _PART.match(key)
+
+
+def _plain(part: str, name: str) -> str:
+    """A module's name in a file without what stands in front of the model's own name."""
+    return _IN_FRONT.sub("", name.removeprefix(f"{part}."))
+
+
+def _sort_keys(header: _Header) -> dict[tuple[str, str], dict[str, str]]:
+    """{(part, module): {"down": key, "up": key}}; refuses files with keys of another kind of adapter."""
+    sides: dict[tuple[str, str], dict[str, str]] = {}
     strange: list[str] = []
-    for key in shapes:
-        if _IN_FRONT.sub("", key).startswith(_TEXT_ENCODER):
-            text_encoder_keys += 1
-        elif match := _PART.match(key):
-            sides.setdefault(match["module"], {})[_SIDES[match["part"]]] = key
+    for key in header.shapes:
+        match = _part(key)
+        if match:
+            name, side = match["module"], _SIDES[match["part"]]
+            front = _IN_FRONT.sub("", name)
+            part = next((part for prefix, part in _PREFIXES.items() if front.startswith(prefix)), "unet")
+            found = sides.setdefault((part, name), {})
+            if side in found:
+                raise LoraFileError(f"{header.path}: module {name} is there twice, as {found[side]!r} and as {key!r}.")
+            found[side] = key
         elif not key.endswith(".alpha"):
             strange.append(key)
     if strange:
         raise LoraFileError(
-            f"{path} is no plain LoRA: {len(strange)} of its {len(shapes)} keys are of another kind, "
+            f"{header.path} is no plain LoRA: {len(strange)} of its {len(header.shapes)} keys are of another kind, "
             f"such as {strange[0]!r}."
         )
-    return sides, text_encoder_keys
+    return sides
+
+
+def _pair(header: _Header, part: str, name: str, keys: Mapping[str, str]) -> Pair:
+    if set(keys) != {"down", "up"}:
+        raise LoraFileError(
+            f"{header.path}: module {name} has only {sorted(keys.values())}; a LoRA needs both halves."
+        )
+    down, up = header.shapes[keys["down"]], header.shapes[keys["up"]]
+    if len(down) < 2 or len(up) < 2 or 0 in (*down, *up) or math.prod(up[1:]) != down[0]:
+        raise LoraFileError(f"{header.path}: the halves of {name} don't go together: {list(down)} and {list(up)}.")
+    if down[0] > MAX_RANK:
+        raise LoraFileError(f"{header.path}: rank {down[0]} of {name} makes no sense.")
+    alpha = header.alpha(part, name, down[0])
+    if not math.isfinite(alpha) or not 1e-3 <= abs(alpha) / down[0] <= 1e3:
+        raise LoraFileError(f"{header.path}: alpha {alpha} of {name} (rank {down[0]}) makes no sense.")
+    return Pair(keys["down"], keys["up"], down, up, alpha)
 
 
 def _format(modules: Mapping[str, Pair]) -> str:
@@ -243,34 +319,20 @@ def _cross_attention_dim(modules: Mapping[str, Pair]) -> int | None:
     return widths.most_common(1)[0][0] if widths else None
 
 
-class _Alphas:
-    """The alphas that diffusers and PEFT write into a file's metadata; where there are none, alpha is the rank."""
+def cover(part: str, modules: Mapping[str, Pair], layers: Mapping[str, nn.Module]) -> Coverage:
+    """Match a file's modules with the layers of a part (`lcmlora.unets.layers`), by name and by shape.
 
-    def __init__(self, metadata: Mapping[str, str]) -> None:
-        try:
-            written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except json.JSONDecodeError:
-            written = {}
-        self._config = {key.removeprefix("unet."): value for key, value in written.items()}
-
-    def of(self, module: str, rank: int) -> float:
-        patterns = self._config.get("alpha_pattern") or {}
-        alpha = next(
-            (a for pattern, a in patterns.items() if re.search(rf"(^|.*\.){pattern}$", module)),
-            self._config.get("lora_alpha"),
-        )
-        if alpha is None:
-            return float(rank)
-        return float(alpha) * (math.sqrt(rank) if self._config.get("use_rslora") else 1.0)
-
-
-def cover(info: LoraInfo, layers: Mapping[str, nn.Module]) -> Coverage:
-    """Match a file's modules with a UNet's layers (`lcmlora.unets.layers`), by name and by shape."""
-    names = _spellings(layers)
-    pairs, clashes, foreign = {}, [], []
-    for module, pair in info.modules.items():
-        name = names.get(_IN_FRONT.sub("", module).replace(".processor", ""))
-        if name is None:
+    Args:
+        part: "unet", "text_encoder" or "text_encoder_2".
+        modules: of `LoraInfo.modules` or `.text_modules[part]`.
+        layers: the part's layers by their own names.
+    """
+    names = _spellings(layers) if part == "unet" else _text_spellings(part, layers)
+    pairs: dict[str, Pair] = {}
+    clashes, foreign = [], []
+    for module, pair in modules.items():
+        name = names.get(_plain(part, module).replace(".processor", ""))
+        if name is None or name in pairs:  # a layer under two names would count twice
             foreign.append(module)
         elif pair.fits(layers[name]):
             pairs[name] = pair
@@ -280,7 +342,7 @@ def cover(info: LoraInfo, layers: Mapping[str, nn.Module]) -> Coverage:
 
 
 def _spellings(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Every way a LoRA file may write a layer's name -> the name."""
+    """Every way a LoRA file may write a UNet layer's name -> the name."""
     per_block = 1 + max(
         (int(m[1]) for name in layers if (m := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", name))), default=0
     )
@@ -290,6 +352,24 @@ def _spellings(layers: Mapping[str, nn.Module]) -> dict[str, str]:
         table[name.replace(".to_out.0", ".to_out")] = name  # old attention-processor keys
         table["lora_unet_" + name.replace(".", "_")] = name
         table["lora_unet_" + _sgm(name, per_block).replace(".", "_")] = name
+    return table
+
+
+def _text_spellings(part: str, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Every way a LoRA file may write a text encoder's layer -> its name in this transformers version.
+
+    Since transformers 5 a CLIPTextModel's layers are called `encoder...`; files say `text_model.encoder...`.
+    """
+    prefixes = [prefix for prefix, of in _PREFIXES.items() if of == part and prefix.startswith("lora_")]
+    old = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+    table = {}
+    for name in layers:
+        bare = name.removeprefix("text_model.")
+        for spelling in (bare, f"text_model.{bare}"):
+            table[spelling] = name
+            front, _, last = spelling.rpartition(".")
+            table[f"{front}.{old.get(last, last)}"] = name
+            table.update({prefix + spelling.replace(".", "_"): name for prefix in prefixes})
     return table
 
 

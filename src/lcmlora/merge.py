@@ -1,216 +1,217 @@
-"""Merging LoRAs into a UNet's weights, and the exact way back.
+"""Merging LoRAs into a model's weights, and the exact way back.
 
-W' = W + sum_i w_i * alpha_i / r_i * B_i @ A_i, computed in float32 and rounded once to the weight's dtype. The way
-back computes nothing: it copies the kept originals, so it is exact in every dtype.
+W' = W + sum_i w_i * alpha_i / r_i * B_i @ A_i, computed in float32 and rounded once to the weight's dtype. Every merge
+starts from the weight as it was, never from a merged one, so that a hundred merges are as exact as one. The way back
+computes nothing: it copies the kept originals, so it is exact in every dtype.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from .errors import LoraFileError, PipelineError
 from .lorafile import Pair, load
-from .unets import base_layer
 
-_PEFT_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
+Keep = Literal["memory", "disk", None]
+Halves = tuple[float, torch.Tensor, torch.Tensor]
+"""alpha / rank, up (out, rank), down (rank, in); the matrices in float32."""
+
+
+class Lora(Protocol):
+    """What one LoRA adds to the layers of one model, wherever it comes from."""
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """The layers it touches."""
+
+    def opened(self) -> Any:
+        """A context whose value maps a layer's name to its `Halves`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """What one LoRA file adds to the layers: its pairs by layer name, and the weight it counts with."""
+class FileLora:
+    """A LoRA in a file: its pairs by layer name."""
 
     path: Path
     pairs: Mapping[str, Pair]
-    weight: float
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """The layers it touches."""
+        return frozenset(self.pairs)
+
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """See `Lora.opened`.
+
+        Raises:
+            LoraFileError: when a half holds NaN or infinity.
+        """
+        with safe_open(self.path, "pt") as file:
+            yield lambda layer: (self.pairs[layer].scale, *load(self.path, self.pairs[layer], file))
 
 
 class Originals:
-    """The weights that a merge changes, as they were, in host memory. `restore` puts them back and forgets them."""
+    """The weights that merges change, as they were. `restore` puts them back.
 
-    def __init__(self) -> None:
-        self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    Args:
+        keep: "memory" copies them to host memory, "disk" to a temporary file that is mapped when it is read.
+    """
 
-    def keep(self, parameter: nn.Parameter) -> None:
-        """Copy a weight before it changes."""
-        # A plain clone would be on the weight's own device: an accelerator's memory is the scarcer one.
-        self._kept.append((parameter, parameter.detach().to("cpu", copy=True)))
+    def __init__(self, keep: Keep) -> None:
+        self._store: _Memory | _Disk = _Disk() if keep == "disk" else _Memory()
+        self._kept: dict[int, tuple[nn.Parameter, Any]] = {}
+        self.bytes = 0
+
+    def of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The weight as it was, on its own device; kept from the first time on that it is asked for."""
+        if id(parameter) not in self._kept:
+            self._kept[id(parameter)] = (parameter, self._store.save(parameter.detach()))
+            self.bytes += parameter.nbytes
+        return self._store.load(self._kept[id(parameter)][1]).to(parameter.device)
 
     def restore(self) -> None:
-        """Put the copies back into their parameters."""
-        with torch.no_grad():
-            for parameter, original in self._kept:
-                parameter.copy_(original)
-        self._kept.clear()
+        """Put the originals back into their parameters."""
+        for parameter, _ in self._kept.values():
+            self.put_back(parameter)
+
+    def put_back(self, parameter: nn.Parameter) -> None:
+        """Put one original back, if it was ever changed."""
+        if id(parameter) in self._kept:
+            with torch.no_grad():
+                parameter.copy_(self._store.load(self._kept[id(parameter)][1]))
 
     def forget(self) -> None:
-        """Drop the copies; there is no way back then."""
+        """Drop the originals; there is no way back then."""
         self._kept.clear()
+        self._store.close()
+        self.bytes = 0
 
-    @property
-    def bytes(self) -> int:
-        """Host memory held, in bytes."""
-        return sum(original.nbytes for _, original in self._kept)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
+        """For a deep copy of a pipe: its own parameters, the same kept bytes, which nothing ever changes."""
+        twin = object.__new__(Originals)
+        memo[id(self)] = twin
+        from copy import deepcopy
+
+        twin._store, twin.bytes = self._store, self.bytes
+        copies = [(deepcopy(parameter, memo), token) for parameter, token in self._kept.values()]
+        twin._kept = {id(parameter): (parameter, token) for parameter, token in copies}
+        return twin
+
+
+class _Memory:
+    """Copies in host memory: an accelerator's own memory is the scarcer one."""
+
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("cpu", copy=True)
+
+    def load(self, token: torch.Tensor) -> torch.Tensor:
+        return token
+
+    def close(self) -> None:
+        """Nothing to do: memory goes with the last reference."""
+
+
+class _Disk:
+    """Copies in one temporary file, mapped back piece by piece. The file goes with the last reference to it."""
+
+    def __init__(self) -> None:
+        descriptor, self._path = tempfile.mkstemp(prefix="lcmlora-originals-")
+        self._file = os.fdopen(descriptor, "wb")
+        self._end = 0
+        self._remove = weakref.finalize(self, _remove, self._file, self._path)
+
+    def save(self, tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size]:
+        raw = tensor.to("cpu").contiguous().flatten().view(torch.uint8)
+        place = self._end
+        self._file.seek(place)
+        self._file.write(raw.numpy().data)
+        self._file.flush()
+        self._end = place + -(-raw.numel() // 64) * 64  # aligned for every dtype
+        self._file.truncate(self._end)
+        return place, tensor.dtype, tensor.shape
+
+    def load(self, token: tuple[int, torch.dtype, torch.Size]) -> torch.Tensor:
+        place, dtype, shape = token
+        mapped = torch.from_file(self._path, shared=False, size=self._end, dtype=torch.uint8)
+        return mapped[place : place + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def close(self) -> None:
+        self._remove()
+
+
+def _remove(file: Any, path: str) -> None:
+    file.close()
+    Path(path).unlink(missing_ok=True)
 
 
 def merge(
-    layers: Mapping[str, nn.Module], shares: Iterable[Share], tuners: Mapping[str, Any], originals: Originals | None
+    layers: Mapping[str, nn.Module], loras: Mapping[str, Lora], weights: Mapping[str, float], originals: Originals
 ) -> None:
-    """Add every share's product, and what the active adapters of `tuners` (PEFT layers by name) add, to the layers in
-    place.
+    """Set every layer to its original plus what the LoRAs add to it; layers that none touches get their original back.
 
-    The parameters stay the same objects. `originals` receives each weight before it changes; with None nothing is
-    kept.
+    The parameters stay the same objects.
+
+    Args:
+        layers: a model's layers by name (`lcmlora.unets.layers`).
+        loras: by name.
+        weights: what each of them counts with.
+        originals: receives each weight before its first change.
 
     Raises:
-        LoraFileError: a LoRA holds NaN or infinity. What was merged by then is for the caller to restore.
+        LoraFileError: a LoRA holds NaN or infinity, or its sum with a weight does.
     """
-    shares = list(shares)
     with ExitStack() as stack, torch.no_grad():
-        files = [stack.enter_context(safe_open(share.path, "pt")) for share in shares]
-        for name, layer in layers.items():
-            halves = [
-                (share.weight * share.pairs[name].scale, *load(share.path, share.pairs[name], file))
-                for share, file in zip(shares, files, strict=True)
-                if name in share.pairs
-            ]
-            deltas = active_deltas(tuners[name]) if name in tuners else []
-            if not halves and not deltas:
+        halves = {name: stack.enter_context(lora.opened()) for name, lora in loras.items()}
+        for layer_name, layer in layers.items():
+            weight: Any = layer.weight
+            here = [name for name, lora in loras.items() if layer_name in lora.layers and weights.get(name)]
+            if not here:
+                originals.put_back(weight)
                 continue
-            weight = layer.weight
-            assert isinstance(weight, nn.Parameter)
-            if originals is not None:
-                originals.keep(weight)
-            weight.copy_(_merged(weight, halves, deltas))
+            parts = [(weights[name], *halves[name](layer_name)) for name in here]
+            weight.copy_(_merged(originals.of(weight), parts))
+            if not torch.isfinite(weight.sum(dtype=torch.float32)):
+                raise LoraFileError(f"{' and '.join(here)} would make weights of {layer_name} infinite or NaN.")
 
 
-def _merged(
-    weight: torch.Tensor, halves: list[tuple[float, torch.Tensor, torch.Tensor]], deltas: list[torch.Tensor]
-) -> torch.Tensor:
-    """weight + sum of scale * up @ down + deltas, float32, shape as the weight's."""
-    total = weight.detach().float().flatten(1).clone()
-    if halves:  # every LoRA in one product: (out, r1 + r2 + ...) @ (r1 + r2 + ..., in)
-        up = torch.cat([scale * up for scale, up, _ in halves], dim=1).to(weight.device)
-        down = torch.cat([down for _, _, down in halves], dim=0).to(weight.device)
-        total.addmm_(up, down)
-    for delta in deltas:
-        total += delta.float().flatten(1).to(weight.device)
-    return total.view_as(weight)
+def _merged(weight: torch.Tensor, parts: list[tuple[float, float, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """weight + sum of w * scale * up @ down, float32, in one product: (out, r1 + r2 + ...) @ (r1 + r2 + ..., in)."""
+    up = torch.cat([w * scale * up for w, scale, up, _ in parts], dim=1).to(weight.device)
+    down = torch.cat([down for _, _, _, down in parts], dim=0).to(weight.device)
+    return torch.addmm(weight.float().flatten(1), up, down).view_as(weight)
 
 
-def tuner_layers(unet: nn.Module) -> dict[str, Any]:
-    """The layers that PEFT has wrapped, by name."""
-    return {name: module for name, module in unet.named_modules() if base_layer(module) is not module}
+def check_room(layers: Mapping[str, nn.Module], touched: set[str], keep: Keep) -> int:
+    """Bytes that the originals of the touched layers will take.
 
-
-def active_deltas(tuner: Any) -> list[torch.Tensor]:
-    """What each active adapter of a PEFT layer adds to its weight, at its present scale."""
-    if tuner.disable_adapters:
-        return []
-    return [tuner.get_delta_weight(adapter) for adapter in tuner.active_adapters if adapter in tuner.lora_A]
-
-
-def replace(unet: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules at the names given, whatever stands there."""
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        unet.get_submodule(parent)._modules[child] = module
-
-
-def park(unet: nn.Module) -> None:
-    """Take the PEFT layers out of a UNet, leaving the layers they wrapped. `Adapters.restore` puts them back.
-
-    For the meantime the UNet is a plain one: its forward pass costs nothing extra, and PEFT can't un-merge what it did
-    not merge.
+    Raises:
+        PipelineError: they are to be kept on disk, and there is not room enough.
     """
-    replace(unet, {name: base_layer(tuner) for name, tuner in tuner_layers(unet).items()})
-    unet.__dict__.pop("peft_config", None)
-    unet.__dict__.pop("_hf_peft_config_loaded", None)
-
-
-def inject(unet: Any, name: str, share: Share) -> None:
-    """Load a LoRA into the UNet as a PEFT adapter called `name`, through diffusers, without gradients."""
-    state: dict[str, torch.Tensor] = {}
-    alphas: dict[str, float] = {}
-    layers = {layer: unet.get_submodule(layer) for layer in share.pairs}
-    with safe_open(share.path, "pt") as file:
-        for layer, pair in share.pairs.items():
-            up, down = load(share.path, pair, file)
-            shape = base_layer(layers[layer]).weight.shape
-            ones = (1,) * (len(shape) - 2)
-            state[f"unet.{layer}.lora_A.weight"] = down.view(pair.rank, *shape[1:])
-            state[f"unet.{layer}.lora_B.weight"] = up.view(*up.shape, *ones)
-            alphas[f"unet.{layer}.alpha"] = pair.alpha
-    unet.load_lora_adapter(state, prefix="unet", adapter_name=name, network_alphas=alphas)
-    for module in tuner_layers(unet).values():
-        if name in module.lora_A:
-            module.lora_A[name].requires_grad_(False)
-            module.lora_B[name].requires_grad_(False)
-
-
-class Adapters:
-    """What PEFT has in a module at one moment: its layers, what is active in them, at which scale. `restore` goes
-    back.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._tuners = tuner_layers(module)
-        self._attributes = {key: module.__dict__[key] for key in _PEFT_ATTRIBUTES if key in module.__dict__}
-        self._configs = dict(self._attributes.get("peft_config", {}))
-        self._active = {name: list(tuner.active_adapters) for name, tuner in self._tuners.items()}
-        self._scales = {name: dict(tuner.scaling) for name, tuner in self._tuners.items()}
-        self._disabled = {name: tuner.disable_adapters for name, tuner in self._tuners.items()}
-        self._grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-
-    @property
-    def merged(self) -> bool:
-        """Whether PEFT has merged an adapter into some layer's weight."""
-        return any(tuner.merged for tuner in self._tuners.values())
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Each active adapter and the weight it is set to (the same in every layer, as `set_adapters` leaves it)."""
-        return {
-            adapter: tuner.scaling[adapter] * tuner.r[adapter] / tuner.lora_alpha[adapter]
-            for name, tuner in self._tuners.items()
-            for adapter in self._active[name]
-            if adapter in tuner.scaling and not self._disabled[name]
-        }
-
-    def restore(self) -> None:
-        """Bring PEFT's layers, adapters and scales back to that moment."""
-        here = tuner_layers(self._module)
-        replace(self._module, {name: base_layer(tuner) for name, tuner in here.items() if name not in self._tuners})
-        replace(self._module, self._tuners)
-        for name, tuner in self._tuners.items():
-            for adapter in set(tuner.lora_A) - set(self._scales[name]):
-                tuner.delete_adapter(adapter)
-            tuner.set_adapter(self._active[name])
-            tuner.enable_adapters(not self._disabled[name])
-            tuner.scaling.clear()
-            tuner.scaling.update(self._scales[name])
-        for parameter, grad in self._grad:
-            parameter.requires_grad_(grad)
-        for key in _PEFT_ATTRIBUTES:
-            self._module.__dict__.pop(key, None)
-        self._module.__dict__.update(self._attributes)
-        if self._configs:
-            configs = self._attributes["peft_config"]
-            configs.clear()
-            configs.update(self._configs)
-
-
-def activate(unet: Any, adapters: Mapping[str, float]) -> None:
-    """Make these adapters, and no others, active at these weights, and check that they are."""
-    unet.set_adapters(list(adapters), list(adapters.values()))
-    for tuner in tuner_layers(unet).values():
-        wanted = set(adapters) & set(tuner.lora_A)
-        if wanted - set(tuner.active_adapters):
-            raise RuntimeError(f"PEFT did not activate {sorted(wanted)}; active: {tuner.active_adapters}")
+    total = sum(
+        weight.nbytes
+        for name, layer in layers.items()
+        if name in touched and isinstance(weight := layer.weight, torch.Tensor)
+    )
+    if keep == "disk":
+        folder = Path(tempfile.gettempdir())
+        stat = os.statvfs(folder)
+        free = stat.f_bavail * stat.f_frsize
+        if free < total:
+            raise PipelineError(
+                f"keep='disk' needs {total / 2**20:.0f} MiB in {folder}, and {free / 2**20:.0f} are free: set TMPDIR "
+                "to "
+                "a folder with room, or keep='memory'."
+            )
+    return total

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel, UNetMotionModel
 from torch import nn
 
 from . import registry
+from .adapters import Adapters, tuner_layers
+from .calls import caller_depth
 from .errors import BaseModelError, LcmLoraWarning, LoraFileError, LoraMismatchError, PipelineError
 from .lorafile import LoraInfo, cover, find_file, read
-from .merge import Adapters, Share, tuner_layers
+from .merge import FileLora, Keep, Lora, check_room
 from .unets import layers, lcm_layers, unet_of
 
 LCM = "lcmlora_lcm"
-"""The name of our own PEFT adapter. Styles are loaded under the names they are given."""
+"""The name of our own adapter. Styles have the names they are given."""
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 Fuse = Literal["auto", True, False]
-Keep = Literal["memory", None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Style:
     weight_name: str | None = None
 
 
+Styles = Mapping[str, "str | Path | Style"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What the caller of `accelerate` asked of the weights. Two equal requests are the same acceleration."""
@@ -49,7 +55,7 @@ class Request:
     base: str
     lora: str | Path | None
     weight_name: str | None
-    weight: float
+    weight: float | None
     styles: tuple[tuple[str, Style], ...]
     fuse: Fuse
     keep: Keep
@@ -57,26 +63,48 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """One model that LoRAs go into: the UNet or a text encoder.
+
+    Attributes:
+        name: the pipeline's name for it.
+        module: the model.
+        adapters: what PEFT had in it.
+        loras: by name: the LCM-LoRA, styles, and the adapters that were there.
+        merged: whether they are merged into the weights, or stay PEFT adapters.
+    """
+
+    name: str
+    module: nn.Module
+    adapters: Adapters
+    loras: Mapping[str, Lora]
+    merged: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What will be done, all of it checked.
 
     Attributes:
-        base: the base's name, or "custom" for a UNet of no known structure with a LoRA of its own.
-        lcm: the LCM-LoRA's share; it covers every layer an LCM-LoRA adapts.
-        styles: the new styles' shares by name.
-        text_styles: the names of those whose files also hold text-encoder keys.
-        adapters: the adapters that were active already, with their weights.
-        fuse: whether the weights are merged, or PEFT adapters left in the UNet.
+        base: the base, or None for a UNet of no known structure with a LoRA of its own.
+        lcm: the LCM-LoRA's file.
+        parts: what is changed: the UNet first.
+        weights: each LoRA's, by name.
         scheduler: the one that the pipe will get.
+        kept_bytes: what the originals of the merged layers take.
     """
 
-    base: str
-    lcm: Share
-    styles: Mapping[str, Share]
-    text_styles: tuple[str, ...]
-    adapters: Mapping[str, float]
-    fuse: bool
+    base: registry.Base | None
+    lcm: Path
+    parts: tuple[Part, ...]
+    weights: Mapping[str, float]
     scheduler: LCMScheduler
+    kept_bytes: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether the UNet's weights are merged."""
+        return self.parts[0].merged
 
 
 def make(pipe: Any, request: Request) -> Plan:
@@ -87,96 +115,139 @@ def make(pipe: Any, request: Request) -> Plan:
     """
     unet = _usable_unet(pipe)
     _usable_schedule(pipe)
-    adapters = Adapters(unet)
-    if adapters.merged:
-        raise PipelineError(
-            "some of this UNet's layers have a LoRA merged by fuse_lora(), which can't be told from the "
-            "weights any more. Call pipe.unfuse_lora() first; lcmlora merges active LoRAs itself."
-        )
-    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
-        raise PipelineError(
-            "fuse_qkv_projections() is on: LoRAs would have no effect there. Call pipe.unfuse_qkv_projections() first."
-        )
     base = _base(unet, request)
-    lcm = _lcm_share(unet, base, request)
-    styles, text_styles = {}, []
+    lcm = lcm_lora(unet, base, request)
+    files: dict[str, dict[str, FileLora]] = {"unet": {LCM: lcm}}
+    taken = {LCM, *Adapters(unet).names}
     for name, style in request.styles:
-        if name in getattr(unet, "peft_config", {}) or name == LCM or "." in name or not name:
-            raise PipelineError(
-                f"style name {name!r} can't be used: taken already, reserved, empty, or with a dot in it."
-            )
-        styles[name], has_text = _style_share(unet, name, style, dict(request.hub))
-        if has_text:
-            text_styles.append(name)
+        check_style_name(name, taken)
+        for part, lora in style_loras(pipe, name, style, dict(request.hub)).items():
+            files.setdefault(part, {})[name] = lora
+    fuse = _fuse(unet, request.fuse)
+    parts = tuple(
+        _part(pipe, name, files.get(name, {}), fuse)
+        for name in ("unet", *TEXT_ENCODERS)
+        if name in files or (fuse and _adapted(getattr(pipe, name, None)))
+    )
+    weight = request.weight if request.weight is not None else (base.weight if base else 1.0)
+    weights = {name: w for part in parts for name, w in part.adapters.weights.items()}
+    _hint(pipe, weights)
     return Plan(
-        base=base.name if base else "custom",
-        lcm=lcm,
-        styles=styles,
-        text_styles=tuple(text_styles),
-        adapters=adapters.weights,
-        fuse=_fuse(unet, request.fuse),
-        scheduler=lcm_scheduler(pipe),
+        base=base,
+        lcm=lcm.path,
+        parts=parts,
+        weights={**weights, **{name: style.weight for name, style in request.styles}, LCM: weight},
+        scheduler=lcm_scheduler(pipe, base),
+        kept_bytes=sum(_room(part, request.keep) for part in parts if part.merged),
     )
 
 
-def _usable_unet(pipe: Any) -> UNet2DConditionModel:
+def _usable_unet(pipe: Any) -> nn.Module:
     unet = unet_of(pipe)
     if isinstance(pipe, nn.Module) or not callable(pipe):
         raise PipelineError(f"accelerate takes a diffusers pipeline, not {type(pipe).__name__}.")
-    if not isinstance(unet, UNet2DConditionModel):
+    name = type(pipe).__name__
+    if not isinstance(unet, UNet2DConditionModel | UNetMotionModel):
         raise PipelineError(
-            f"{type(pipe).__name__} has no UNet2DConditionModel as `unet`; "
-            "LCM-LoRAs exist for Stable Diffusion and SDXL UNets."
+            f"{name} has no UNet2DConditionModel or UNetMotionModel as `unet`; LCM-LoRAs exist for the UNets of "
+            "Stable Diffusion and SDXL."
         )
-    wanted = {"num_inference_steps", "guidance_scale"}
-    if missing := wanted - set(inspect.signature(type(pipe).__call__).parameters):
+    if "num_inference_steps" not in inspect.signature(type(pipe).__call__).parameters or not hasattr(
+        pipe, "scheduler"
+    ):
         raise PipelineError(
-            f"{type(pipe).__name__} takes no {' or '.join(sorted(missing))}; it can't be driven in a few steps."
+            f"{name} takes no num_inference_steps (its steps are those of an inversion); LCM can't drive it."
         )
     if unet.config.get("time_cond_proj_dim") is not None:
         raise PipelineError(
             "this UNet is a full latent consistency model already (time_cond_proj_dim is set): it needs no LCM-LoRA, "
             "only LCMScheduler and 4 to 8 steps."
         )
-    return unet
+    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+        raise PipelineError(
+            "fuse_qkv_projections() is on: LoRAs would have no effect there. Call pipe.unfuse_qkv_projections() "
+            "first, "
+            "and fuse them again after accelerate()."
+        )
+    if Adapters(unet).merged:
+        raise PipelineError(
+            "some of this UNet's layers have a LoRA merged by fuse_lora(), which can't be told from the weights any "
+            "more. Call pipe.unfuse_lora() first; lcmlora merges active LoRAs itself."
+        )
+    for layer_name, layer in layers(unet).items():
+        if isinstance(layer.weight, torch.Tensor) and layer.weight.device.type == "meta":
+            raise PipelineError(
+                f"the UNet's weights are off-loaded ({layer_name} is on the meta device): accelerate the pipe before "
+                "enable_sequential_cpu_offload(), or any other off-loading of single layers. "
+                "enable_model_cpu_offload() "
+                "may come before or after."
+            )
+    return unet  # type: ignore[no-any-return]
 
 
 def _usable_schedule(pipe: Any) -> None:
     config = pipe.scheduler.config
-    if "beta_start" not in config and "trained_betas" not in config:
+    name = type(pipe.scheduler).__name__
+    if "EDM" in name or ("beta_start" not in config and "trained_betas" not in config):
         raise PipelineError(
-            f"{type(pipe.scheduler).__name__} has no beta schedule (an EDM base?): "
-            "LCM-LoRAs are made for epsilon models with betas."
+            f"{name} has no beta schedule (an EDM base?): LCM-LoRAs are made for models with betas, such as "
+            "Stable Diffusion 1.x and SDXL."
         )
     if config.get("prediction_type", "epsilon") != "epsilon":
-        warnings.warn(
+        _warn(
             f"this pipe predicts {config['prediction_type']!r}; the official LCM-LoRAs were distilled for epsilon, "
-            "so pictures may be poor. One distilled from this pipe (lcmlora.distill) is the way out.",
-            LcmLoraWarning,
-            stacklevel=4,
+            "so pictures may be poor. One distilled from this pipe (lcmlora.distill) is the way out."
         )
+
+
+_FAST = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|tcd|pcm|dmd2?|flash)(?![a-z])", re.IGNORECASE)
+
+
+def _hint(pipe: Any, adapters: Mapping[str, float]) -> None:
+    """Warn where something says that the pipe is a few-step model already. No structure tells, so this refuses
+    nothing.
+    """
+    config: Any = getattr(pipe, "config", {})
+    unet = unet_of(pipe)
+    said = [str(config.get("_name_or_path", "")), str(getattr(unet, "config", {}).get("_name_or_path", "")), *adapters]
+    signs = [repr(text) for text in said if _FAST.search(text)]
+    scheduler = type(pipe.scheduler).__name__
+    if scheduler.startswith(("LCM", "TCD")):
+        signs.append(scheduler)
+    if signs:
+        _warn(
+            f"this pipe may be a few-step model already ({', '.join(signs)}): an LCM-LoRA on top of Turbo, Lightning, "
+            "Hyper "
+            "or another LCM spoils pictures."
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LcmLoraWarning, stacklevel=caller_depth())
 
 
 def _base(unet: nn.Module, request: Request) -> registry.Base | None:
     """The base found and, where one is named, that it is the one. None: a UNet and LoRA of their own."""
+    if request.base != "auto":
+        named = registry.by_name(request.base)
+        if not named.matches(unet):
+            found = registry.find_base(unet)
+            other = f"{found.title} (base={found.name!r})" if found else f"another. {registry.unknown(unet)}"
+            raise BaseModelError(
+                f"base={named.name!r} was given, {named.title}, but the pipe's UNet is {other}. "
+                "base='auto' finds it by itself."
+            )
+        return named
     found = registry.find_base(unet)
-    if request.base == "auto":
-        if found is None and request.lora is None:
-            raise BaseModelError(registry.unknown(unet))
-        return found
-    named = registry.by_name(request.base)
-    if found is not named:
-        is_ = (
-            f"{found.title} (base={found.name!r})" if found else f"none of the known bases ({registry.unknown(unet)})"
-        )
-        raise BaseModelError(
-            f"base={named.name!r} was given, {named.title}, but the pipe's UNet is {is_}. "
-            "base='auto' finds it by itself."
-        )
-    return named
+    if found is None and request.lora is None:
+        raise BaseModelError(registry.unknown(unet))
+    return found
 
 
-def _lcm_share(unet: nn.Module, base: registry.Base | None, request: Request) -> Share:
+def lcm_lora(unet: nn.Module, base: registry.Base | None, request: Request) -> FileLora:
+    """The LCM-LoRA asked for or the base's own; it has to cover every layer that an LCM-LoRA adapts, and no other
+    UNet's.
+    """
     source, weight_name = request.lora, request.weight_name
     if source is None:
         assert base is not None
@@ -184,15 +255,15 @@ def _lcm_share(unet: nn.Module, base: registry.Base | None, request: Request) ->
             raise BaseModelError(f"base {base.name!r} has no LCM-LoRA; pass lora=.")
         source, weight_name = base.lora, base.weight_name
     info = read(find_file(source, weight_name, **dict(request.hub)))
-    coverage = cover(info, layers(unet))
-    left_out = [name for name in lcm_layers(unet) if name not in coverage.pairs]
-    if left_out or coverage.clashes or coverage.foreign:
-        raise LoraMismatchError(_mismatch(info, unet, base, left_out, coverage.clashes, coverage.foreign))
-    if info.text_encoder_keys:
+    if info.text_modules:
         raise LoraMismatchError(
             f"{info.describe()} has text-encoder keys, which an LCM-LoRA has not: is it a style LoRA? Pass styles=."
         )
-    return Share(info.path, coverage.pairs, request.weight)
+    coverage = cover("unet", info.modules, layers(unet))
+    left_out = [name for name in lcm_layers(unet) if name not in coverage.pairs]
+    if left_out or coverage.clashes or coverage.foreign:
+        raise LoraMismatchError(_mismatch(info, unet, base, left_out, coverage.clashes, coverage.foreign))
+    return FileLora(info.path, coverage.pairs)
 
 
 def _mismatch(
@@ -209,7 +280,7 @@ def _mismatch(
         parts.append(f"has other shapes in {len(clashes)} (such as {clashes[0]})")
     if foreign:
         parts.append(f"names {len(foreign)} modules that the UNet has not (such as {foreign[0]})")
-    fits = _looks_like(info)
+    fits = registry.made_for(info.cross_attention_dim, len(info.modules))
     way_out = (
         f" For this pipe use {base.lora}." if base and base.lora else " Pass lora= with a file made for this UNet."
     )
@@ -221,46 +292,86 @@ def _mismatch(
     )
 
 
-def _looks_like(info: LoraInfo) -> registry.Base | None:
-    size = (info.cross_attention_dim, len(info.modules))
-    return next((base for base in registry.bases() if (base.cross_attention_dim, base.layers) == size), None)
+def check_style_name(name: str, taken: set[str]) -> None:
+    """Refuse a name that PEFT, or we, could not use.
+
+    Raises:
+        PipelineError: it is taken, reserved, empty, or has a dot in it.
+    """
+    if not isinstance(name, str) or not name or "." in name or name == LCM or name in taken:
+        raise PipelineError(f"style name {name!r} can't be used: taken already, reserved, empty, or with a dot in it.")
 
 
-def _style_share(unet: nn.Module, name: str, style: Style, hub: dict[str, Any]) -> tuple[Share, bool]:
-    """A style may cover little, but not nothing, and must not clash."""
+def style_loras(pipe: Any, name: str, style: Style, hub: dict[str, Any]) -> dict[str, FileLora]:
+    """A style's LoRA for each part of the pipe. It may cover little, but not nothing, and must not clash.
+
+    Raises:
+        LoraFileError, LoraMismatchError: see `accelerate`.
+    """
     info = read(find_file(style.source, style.weight_name, **hub))
-    coverage = cover(info, layers(unet))
-    if coverage.clashes or coverage.foreign or not (coverage.pairs or info.text_encoder_keys):
+    loras = {}
+    for part, modules in {"unet": info.modules, **info.text_modules}.items():
+        module = unet_of(pipe) if part == "unet" else getattr(pipe, part, None)
+        coverage = cover(part, modules, layers(module) if isinstance(module, nn.Module) else {})
         odd = (*coverage.clashes, *coverage.foreign)
-        raise LoraMismatchError(
-            f"style {name!r}, {info.describe()}, does not fit this pipe's UNet (text width "
-            f"{registry.signature(unet)[0]}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have "
-            "other shapes, "
-            f"{len(coverage.foreign)} do not exist" + (f", such as {odd[0]}." if odd else ".")
-        )
-    return Share(info.path, coverage.pairs, style.weight), bool(info.text_encoder_keys)
+        if odd:
+            unet = unet_of(pipe)
+            assert unet is not None
+            raise LoraMismatchError(
+                f"style {name!r}, {info.describe()}, does not fit this pipe's {part} (text width of the UNet "
+                f"{registry.signature(unet)[0]}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have "
+                "other "
+                f"shapes, {len(coverage.foreign)} do not exist, such as {odd[0]}."
+            )
+        if coverage.pairs:
+            loras[part] = FileLora(info.path, coverage.pairs)
+    return loras
+
+
+def _adapted(module: Any) -> bool:
+    return isinstance(module, nn.Module) and bool(tuner_layers(module))
+
+
+def _part(pipe: Any, name: str, files: Mapping[str, Lora], fuse: bool) -> Part:
+    module = unet_of(pipe) if name == "unet" else getattr(pipe, name)
+    assert isinstance(module, nn.Module)
+    adapters = Adapters(module)
+    if fuse and name != "unet" and _not_mergeable(module, adapters):
+        fuse = False  # a text encoder runs once a picture: adapters cost little there
+    return Part(name, module, adapters, {**adapters.loras, **files}, fuse)
+
+
+def part_for(pipe: Any, name: str, fuse: bool) -> Part:
+    """A part that had no LoRA so far."""
+    return _part(pipe, name, {}, fuse)
+
+
+def _room(part: Part, keep: Keep) -> int:
+    touched = {layer for lora in part.loras.values() for layer in lora.layers}
+    return check_room(layers(part.module), touched, keep)
 
 
 def _fuse(unet: nn.Module, wanted: Fuse) -> bool:
     """Whether the weights can be merged. "auto" leaves adapters where they can't, True refuses."""
-    odd = next((reason for name, layer in layers(unet).items() if (reason := _not_plain(name, layer))), None)
-    if odd is None and any(getattr(tuner, "lora_variant", None) for tuner in tuner_layers(unet).values()):
-        odd = "an active adapter is no plain LoRA (DoRA or the like)"
+    odd = _not_mergeable(unet, Adapters(unet))
     if odd and wanted is True:
         raise PipelineError(f"fuse=True is impossible here: {odd}. fuse=False leaves PEFT adapters instead.")
     return wanted is not False and odd is None
 
 
-def _not_plain(name: str, layer: nn.Module) -> str | None:
-    weight = getattr(layer, "weight", None)
-    if type(weight) is not nn.Parameter or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        return f"{name} has quantised weights ({type(weight).__name__}, {getattr(weight, 'dtype', None)})"
-    if weight.device.type == "meta":
-        return f"{name} has its weights off-loaded (accelerate before enable_sequential_cpu_offload())"
+def _not_mergeable(module: nn.Module, adapters: Adapters) -> str | None:
+    """Why a model's weights can't be merged into; None where they can."""
+    if not adapters.plain:
+        return "an adapter in it is no plain LoRA (DoRA or the like)"
+    for name, layer in layers(module).items():
+        weight = layer.weight
+        plain = type(weight) is nn.Parameter and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+        if not plain:
+            return f"{name} has quantised weights ({type(weight).__name__}, {getattr(weight, 'dtype', None)})"
     return None
 
 
-def lcm_scheduler(pipe: Any) -> LCMScheduler:
+def lcm_scheduler(pipe: Any, base: registry.Base | None) -> LCMScheduler:
     """An LCMScheduler for the pipe: its own betas and prediction type, without the settings that ruin LCM.
 
     `clip_sample` and `thresholding` would clamp latents; `rescale_betas_zero_snr` makes alpha 0 at the first step, by
@@ -271,16 +382,18 @@ def lcm_scheduler(pipe: Any) -> LCMScheduler:
     harmless = {"clip_sample": False, "thresholding": False, "original_inference_steps": 50}
     if config.get("prediction_type", "epsilon") == "epsilon":
         harmless["rescale_betas_zero_snr"] = False
+    if base is not None and base.beta_schedule:
+        config["beta_schedule"] = base.beta_schedule
     scheduler = LCMScheduler.from_config({**config, **harmless})
     assert isinstance(scheduler, LCMScheduler)
     return scheduler
 
 
-def check_weight(what: str, weight: float) -> None:
-    """Refuse weights that are no numbers."""
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, int | float)
-        or not torch.isfinite(torch.tensor(float(weight)))
-    ):
-        raise LoraFileError(f"{what}: weight {weight!r} is no finite number.")
+def check_weight(what: str, weight: Any) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        LoraFileError: naming what it was meant for.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 100:
+        raise LoraFileError(f"{what}: weight {weight!r} is no number between -100 and 100; 1 is as trained.")

@@ -29,6 +29,10 @@ class Base:
         lora: the LCM-LoRA: a repository of the hub, a folder or a file. None where there is none.
         weight_name: the file's name inside the repository or folder, where it is not diffusers' usual one.
         rank: the rank of that LoRA.
+        weight: what that LoRA counts with where `accelerate(weight=)` is not given.
+        beta_schedule: the noise schedule its pipelines need, where that is not the pipe's own.
+        motion: whether only UNets with motion modules (AnimateDiff's) are meant. "auto" never finds such a base:
+            motion modules of different training have one structure.
     """
 
     name: str
@@ -39,10 +43,20 @@ class Base:
     lora: str | None
     weight_name: str | None = None
     rank: int = 64
+    weight: float = 1.0
+    beta_schedule: str | None = None
+    motion: bool = False
 
     def matches(self, unet: nn.Module) -> bool:
         """Whether the UNet has this base's structure."""
-        return (self.cross_attention_dim, self.block_out_channels, self.layers) == signature(unet)
+        if self.motion and not any(name.endswith(".motion_modules") for name, _ in unet.named_modules()):
+            return False
+        return self.structure == signature(unet)
+
+    @property
+    def structure(self) -> tuple[int | None, tuple[int, ...], int]:
+        """What `signature` gives for its UNets."""
+        return (self.cross_attention_dim, self.block_out_channels, self.layers)
 
 
 _SD = (320, 640, 1280, 1280)
@@ -54,12 +68,20 @@ _registered: dict[str, Base] = {
         Base("sdxl", "Stable Diffusion XL", 2048, _XL, 788, "latent-consistency/lcm-lora-sdxl"),
         Base("ssd-1b", "SSD-1B", 2048, _XL, 423, "latent-consistency/lcm-lora-ssd-1b"),
         Base("vega", "Segmind-Vega", 2048, _XL, 233, "segmind/Segmind-VegaRT", rank=128),
+        Base(
+            "animatelcm",
+            "AnimateLCM (SD 1.x)",
+            768,
+            _SD,
+            278,
+            "wangfuyun/AnimateLCM",
+            weight_name="AnimateLCM_sd15_t2v_lora.safetensors",
+            weight=0.8,
+            beta_schedule="linear",
+            motion=True,
+        ),
     )
 }
-_WITHOUT_LORA = (
-    Base("sd2", "Stable Diffusion 2.x", 1024, _SD, 278, None),
-    Base("sdxl-refiner", "SDXL refiner", 1280, (384, 768, 1536, 1536), 0, None),
-)
 
 
 def signature(unet: nn.Module) -> tuple[int | None, tuple[int, ...], int]:
@@ -85,8 +107,7 @@ def register(base: Base) -> None:
         BaseModelError: a base of that name, or one of the same structure, is registered already.
     """
     for known in _registered.values():
-        same = (known.cross_attention_dim, known.block_out_channels, known.layers)
-        if known.name == base.name or same == (base.cross_attention_dim, base.block_out_channels, base.layers):
+        if known.name == base.name or (known.structure == base.structure and not base.motion):
             raise BaseModelError(
                 f"base {base.name!r} can't be registered: {known.name!r} has that name or structure already."
             )
@@ -94,8 +115,17 @@ def register(base: Base) -> None:
 
 
 def find_base(unet: nn.Module) -> Base | None:
-    """The registered base of this structure, or None."""
-    return next((base for base in _registered.values() if base.matches(unet)), None)
+    """The registered base of this structure, or None. Kolors' UNet differs from SDXL's in what it attends to alone."""
+    if _unsupported(unet):
+        return None
+    return next((base for base in _registered.values() if base.matches(unet) and not base.motion), None)
+
+
+def made_for(cross_attention_dim: int | None, modules: int) -> Base | None:
+    """The base whose LCM-LoRA has this text width and this many modules, or None."""
+    return next(
+        (b for b in _registered.values() if (b.cross_attention_dim, b.layers) == (cross_attention_dim, modules)), None
+    )
 
 
 def detect_base(pipe_or_unet: Any) -> Base:
@@ -127,14 +157,28 @@ def by_name(name: str) -> Base:
     return _registered[name]
 
 
+def _unsupported(unet: nn.Module) -> str | None:
+    """The name of a known base that has no LCM-LoRA, told by what sets it apart; None for every other UNet."""
+    config: Any = unet.config
+    width, widths, _ = signature(unet)
+    if (width, widths) == (1024, _SD):
+        return "Stable Diffusion 2.x"
+    if (width, widths) == (1280, (384, 768, 1536, 1536)):
+        return "the SDXL refiner"
+    if config.get("encoder_hid_dim_type") == "text_proj" and config.get("encoder_hid_dim") == 4096:
+        return "Kolors"
+    if (width, widths) == (2048, _XL) and config.get("layers_per_block") == 1:
+        return "KOALA"
+    return None
+
+
 def unknown(unet: nn.Module) -> str:
     """Why a UNet is no base of ours, in words that say what to do."""
     width, widths, count = signature(unet)
     shape = f"cross-attention width {width}, block widths {list(widths)}, {count} adaptable layers"
-    for known in _WITHOUT_LORA:
-        if (known.cross_attention_dim, known.block_out_channels) == (width, widths):
-            return (
-                f"This UNet is {known.title} ({shape}), for which no LCM-LoRA exists. "
-                "Pass lora= with one of your own (see lcmlora.distill)."
-            )
+    if name := _unsupported(unet):
+        return (
+            f"This UNet is {name} ({shape}), for which no LCM-LoRA exists. "
+            "Pass lora= with one of your own (see lcmlora.distill)."
+        )
     return f"This UNet ({shape}) has the structure of no known base. Pass lora= with an LCM-LoRA made for it."

@@ -46,8 +46,8 @@ class Sheet:
         """The labelled contact sheet. Small pictures are enlarged to about 128 pixels, to give the labels room."""
         zoom = max(1, round(128 / self.images[0].width))
         width, height = (side * zoom for side in self.images[0].size)
-        font = ImageFont.load_default(max(11, height // 11))
-        line = round(font.size * 1.5)
+        points = max(11, height // 11)
+        font, line = ImageFont.load_default(points), round(points * 1.5)
         top = line * (2 if self.title else 1)
         sheet_width = len(self.columns) * (width + _GAP) + _GAP
         sheet = Image.new("RGB", (sheet_width, top + len(self.labels) * (height + line + _GAP)), "white")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -25,14 +26,32 @@ KINDS = (
 """The 14 kinds of layers an LCM-LoRA adapts (diffusers, train_lcm_distill_lora_sdxl.py, `lora_target_modules`)."""
 
 
+_ADDED = re.compile(r"(^|\.)(motion_modules|fuser|processor)(\.|$)")
+
+
 def base_layer(module: nn.Module) -> nn.Module:
     """The layer itself, or the one inside the PEFT layer around it."""
     inner = getattr(module, "base_layer", None)
     return inner if isinstance(inner, nn.Module) else module
 
 
+def layer_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a Linear's or Conv2d's weight, told by the layer itself: quantised weights have shapes of their
+    own.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    if isinstance(layer, nn.Linear):
+        return (layer.out_features, layer.in_features)
+    raise TypeError(f"{type(layer).__name__} is neither Linear nor Conv2d")
+
+
 def layers(unet: nn.Module) -> dict[str, nn.Module]:
-    """Every Linear and Conv2d of the UNet by its own name, PEFT wrapping seen through; motion modules left out."""
+    """Every Linear and Conv2d of a model by its own name, PEFT wrapping seen through.
+
+    What people put into a UNet beside its own layers is left out: motion modules, GLIGEN's fusers, IP-Adapter
+    processors.
+    """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in unet.named_modules():
@@ -41,7 +60,7 @@ def layers(unet: nn.Module) -> dict[str, nn.Module]:
         if base_layer(module) is not module:
             inside = (*inside, name + ".")
         layer = base_layer(module)
-        if isinstance(layer, nn.Linear | nn.Conv2d) and "motion_modules" not in name:
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not _ADDED.search(name):
             found[name] = layer
     return found
 

@@ -18,8 +18,9 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .. import merge
+from ..adapters import Adapters, tuner_layers
 from ..errors import DataError, LcmLoraError, PipelineError
+from ..lorafile import WEIGHT_NAME
 from ..unets import KINDS, lcm_layers, unet_of
 from . import export
 from .config import DistillConfig
@@ -69,7 +70,7 @@ def _check_teacher(pipe: Any) -> None:
         raise PipelineError(
             f"{type(pipe).__name__} can't be a teacher: a Stable Diffusion or SDXL pipeline is expected."
         )
-    if merge.tuner_layers(unet):
+    if tuner_layers(unet):
         raise PipelineError(
             "the teacher has LoRAs loaded: unload_lora_weights() first (or fuse them, then unload, to distil the mix)."
         )
@@ -82,7 +83,7 @@ def _borrowed(pipe: Any) -> Iterator[None]:
     modes = [(module, module.training) for part in parts for module in part.modules()]
     attributes = [(part, set(part.__dict__)) for part in parts]  # Accelerate marks what it prepares
     grads = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
-    adapters = merge.Adapters(unet_of(pipe))  # type: ignore[arg-type]
+    adapters = Adapters(unet_of(pipe))  # type: ignore[arg-type]
     try:
         for part in parts:
             part.eval()
@@ -119,7 +120,7 @@ class _Run:
             schedule.alphas_cumprod.clone(), schedule.config.get("prediction_type", "epsilon"), config.solver_steps
         )
         set_seed(config.seed)  # the adapter's first weights, the same in every process
-        self.lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=list(KINDS))  # type: ignore[arg-type]
+        self.lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=list(KINDS))
         pipe.to(self.device)
         pipe.unet.add_adapter(self.lora, adapter_name=export.ADAPTER)
         self.params = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
@@ -232,8 +233,8 @@ class _Run:
         encoded = self.pipe.encode_prompt(
             batch["text"], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
         )
-        text = {"encoder_hidden_states": encoded[0]}
-        both = {"encoder_hidden_states": torch.cat([encoded[0], encoded[1].expand_as(encoded[0])])}
+        text: dict[str, Any] = {"encoder_hidden_states": encoded[0]}
+        both: dict[str, Any] = {"encoder_hidden_states": torch.cat([encoded[0], encoded[1].expand_as(encoded[0])])}
         if len(encoded) == 4:  # SDXL: pooled embeddings, and the picture's sizes
             side = [self.config.resolution or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor] * 2
             sizes = [
@@ -294,7 +295,7 @@ class _Run:
         if self.ema:
             self.ema.copy_to(self.params)
         pipe = self.pipe
-        file = self.output / export.WEIGHT_NAME
+        file = self.output / WEIGHT_NAME
         with torch.no_grad():
             text, _ = self._conditions(batch)
             z = torch.randn(self._encode(batch["pixels"]).shape, generator=torch.Generator().manual_seed(0))
