@@ -1,0 +1,34 @@
+# Everything from nothing: each target makes its own virtual environment, installs the package and runs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint check pocket clean
+
+demo: $(VENV)/.demo
+	$(BIN)/lcmlora demo --out demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+$(VENV)/.demo: pyproject.toml constraints.txt scripts/setup.sh
+	PYTHON=$(PYTHON) scripts/setup.sh $(VENV)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	PYTHON=$(PYTHON) scripts/setup.sh $(VENV) dev
+	touch $@
+
+pocket: $(VENV)/.dev  # train the embedded model anew: hours on two cores
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,train]'
+	PATH="$(abspath $(BIN)):$$PATH" examples/pocket/make.sh $(or $(WORK),pocket-work)
+
+clean:
+	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache
