@@ -12,11 +12,11 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet --con
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -m pip --disable-pip-version-check install --quiet 'pip>=25.1'
-if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+if ! "$venv/bin/python" -m pip show --quiet torch 2>/dev/null; then
   if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-    # The newest of equal versions wins, and 2.13.0+cpu is newer than 2.13.0. Where the index can't be reached, pip says
-    # so and goes on with what it has.
-    "${pip[@]}" --retries 0 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu torch
+    # The newest of equal versions wins, and 2.13.0+cpu is newer than 2.13.0. Where the index can't be reached, pip goes on
+    # with what it has. Alone, so that this index is asked for nothing else.
+    "${pip[@]}" --no-deps --retries 0 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu torch
   else
     "${pip[@]}" torch
   fi

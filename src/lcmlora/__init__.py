@@ -29,6 +29,7 @@ _HOME = {
     "Style": "plan",
     "accelerate": "acceleration",
     "accelerated": "acceleration",
+    "bake": "baking",
     "bases": "registry",
     "compare": "sheets",
     "detect_base": "registry",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .acceleration import restore as restore
     from .acceleration import set_styles as set_styles
     from .acceleration import status as status
+    from .baking import bake as bake
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill
     from .errors import BaseModelError as BaseModelError

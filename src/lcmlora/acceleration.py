@@ -280,17 +280,23 @@ def _change(
 ) -> None:
     """Bring a part to the weights given; `there` are the LoRAs that are in it already, none the first time."""
     if not there:
-        undo.push(part.adapters.restore)
+        _push_return(part, originals, undo)
     if part.merged:
         if not there:
             part.adapters.park()
-        undo.push(originals.restore)
         merge.merge(layers(part.module), part.loras, weights, originals)
         return
     for name, lora in part.loras.items():
         if isinstance(lora, merge.FileLora) and name not in there:
             adapters.inject(part.module, name, lora)
     adapters.activate(part.module, {name: w for name, w in weights.items() if name in part.loras})
+
+
+def _push_return(part: Part, originals: merge.Originals, undo: _Undo) -> None:
+    """Register the way back of a part: its weights first, then PEFT's layers around them."""
+    undo.push(part.adapters.restore)
+    if part.merged:
+        undo.push(merge.merge, layers(part.module), {}, {}, originals)
 
 
 def _apply_to_pipe(pipe: Any, scheduler: Any, policy: calls.Policy, record: _UnetRecord) -> None:
@@ -429,9 +435,7 @@ def _settle(record: _UnetRecord, name: str, part: Part) -> None:
     """After `set_styles` succeeded: what the record has to know, and adapters that are used no more."""
     old = record.parts.get(name)
     if old is None:
-        record.undo.push(part.adapters.restore)
-        if part.merged:
-            record.undo.push(record.originals.restore)
+        _push_return(part, record.originals, record.undo)
     elif not part.merged:
         adapters.delete(part.module, set(old.loras) - set(part.loras))
     record.parts[name] = part
@@ -449,6 +453,30 @@ def accelerated(pipe: Pipe, *args: Any, **kwargs: Any) -> Iterator[Pipe]:
         yield pipe
     finally:
         restore(pipe)
+
+
+@contextmanager
+def merged(pipe: Any) -> Iterator[None]:
+    """An accelerated pipe with every LoRA in its weights, for as long as the block lasts, however it was accelerated.
+
+    Raises:
+        PipelineError: its weights can't be merged (quantised, DoRA).
+    """
+    with _lock:
+        record = _record_of(pipe)
+        assert record is not None
+        with _Undo() as undo:
+            originals = merge.Originals("memory")
+            for name in ("unet", *plan.TEXT_ENCODERS):
+                part = plan.part_for(pipe, name, True) if getattr(pipe, name, None) is not None else None
+                if part is not None and part.loras:
+                    if not part.merged:
+                        raise PipelineError(f"the LoRAs of this pipe's {name} can't be merged into its weights.")
+                    _change(part, {}, part.adapters.weights, originals, undo)
+            try:
+                yield
+            finally:
+                undo.run()
 
 
 def is_accelerated(pipe: Any) -> bool:

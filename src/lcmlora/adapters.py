@@ -114,9 +114,9 @@ class Adapters:
         _replace(self._module, {name: base_layer(tuner) for name, tuner in here.items() if name not in self._tuners})
         _replace(self._module, self._tuners)
         for name, tuner in self._tuners.items():
+            tuner.set_adapter(self._active[name])
             for adapter in set(tuner.scaling) - set(self._scales[name]):
                 tuner.delete_adapter(adapter)
-            tuner.set_adapter(self._active[name])
             tuner.enable_adapters(not self._disabled[name])
             tuner.scaling.clear()
             tuner.scaling.update(self._scales[name])
@@ -190,7 +190,7 @@ def activate(module: nn.Module, weights: Mapping[str, float]) -> None:
     """
     grads = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     for tuner in tuner_layers(module).values():
-        here = [name for name in weights if name in tuner.lora_A]
+        here = sorted(name for name in weights if name in tuner.lora_A)  # PEFT adds in this order
         tuner.enable_adapters(True)
         tuner.set_adapter(here)
         for name in here:

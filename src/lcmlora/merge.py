@@ -63,7 +63,7 @@ class FileLora:
 
 
 class Originals:
-    """The weights that merges change, as they were. `restore` puts them back.
+    """The weights that merges change, as they were.
 
     Args:
         keep: "memory" copies them to host memory, "disk" to a temporary file that is mapped when it is read.
@@ -80,11 +80,6 @@ class Originals:
             self._kept[id(parameter)] = (parameter, self._store.save(parameter.detach()))
             self.bytes += parameter.nbytes
         return self._store.load(self._kept[id(parameter)][1]).to(parameter.device)
-
-    def restore(self) -> None:
-        """Put the originals back into their parameters."""
-        for parameter, _ in self._kept.values():
-            self.put_back(parameter)
 
     def put_back(self, parameter: nn.Parameter) -> None:
         """Put one original back, if it was ever changed."""
@@ -176,7 +171,8 @@ def merge(
         halves = {name: stack.enter_context(lora.opened()) for name, lora in loras.items()}
         for layer_name, layer in layers.items():
             weight: Any = layer.weight
-            here = [name for name, lora in loras.items() if layer_name in lora.layers and weights.get(name)]
+            # sorted: the sum must not hang on the order in which styles came
+            here = sorted(name for name, lora in loras.items() if layer_name in lora.layers and weights.get(name))
             if not here:
                 originals.put_back(weight)
                 continue

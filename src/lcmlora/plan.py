@@ -336,8 +336,9 @@ def _part(pipe: Any, name: str, files: Mapping[str, Lora], fuse: bool) -> Part:
     module = unet_of(pipe) if name == "unet" else getattr(pipe, name)
     assert isinstance(module, nn.Module)
     adapters = Adapters(module)
-    if fuse and name != "unet" and _not_mergeable(module, adapters):
-        fuse = False  # a text encoder runs once a picture: adapters cost little there
+    # "auto" may have found that the UNet can't be merged; a text encoder that can't gets adapters, which cost little
+    # there
+    fuse = fuse and _not_mergeable(module, adapters) is None
     return Part(name, module, adapters, {**adapters.loras, **files}, fuse)
 
 
