@@ -183,7 +183,7 @@ def snapshot(pipe: StableDiffusionPipeline) -> dict[str, object]:
             # transformers marks a text encoder at its first pass, accelerated or not
             marks = set(inner.__dict__) - {"_output_capturing_hooks_installed"}
             state[f"{part}:{name}"] = (inner, inner.training, marks)
-            if scales := getattr(inner, "scaling", None):
+            if isinstance(scales := getattr(inner, "scaling", None), dict) and scales:  # a number in BEiT
                 state[f"{part}:{name}:scales"] = (dict(scales), list(inner.active_adapters), inner.disable_adapters)
         state[f"{part}:peft"] = dict(getattr(module, "peft_config", {}))
     return state

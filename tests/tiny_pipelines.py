@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
+    ControlNetXSAdapter,
     DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
@@ -18,9 +19,11 @@ from diffusers import (
     PriorTransformer,
     SparseControlNetModel,
     T2IAdapter,
-    UNet2DConditionModel,
     UnCLIPScheduler,
+    UNet2DConditionModel,
 )
+from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
+from diffusers.pipelines.stable_diffusion.clip_image_project_model import CLIPImageProjection
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from PIL import Image
 from transformers import (
@@ -29,16 +32,26 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    DPTConfig,
-    DPTForDepthEstimation,
     DPTImageProcessor,
+    GLPNConfig,
+    GLPNForDepthEstimation,
 )
 
 from conftest import sdxl_unet, text_config, tiny_tokenizer, tiny_unet, tiny_vae
 
-SIZE = 16  # pixels; the tiny VAE halves them
-WIDTH = 32  # of the text encoders
+SIZE = 16
+"""Pixels of a picture's side. The tiny VAE halves them."""
+WIDTH = 32
+"""Of the text and image encoders."""
+HINTS = (8, 16)
+"""Widths of a ControlNet's way from pixels to latents: one halving, as in the tiny VAE."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+MOTION = {
+    "block_out_channels": (8, 16),
+    "motion_layers_per_block": 1,
+    "motion_num_attention_heads": 2,
+    "motion_norm_num_groups": 4,
+}
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -66,61 +79,77 @@ def image_encoder() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(vision_config())
 
 
+def example_encoder() -> PaintByExampleImageEncoder:
+    return PaintByExampleImageEncoder(vision_config(), proj_size=WIDTH)
+
+
 def image_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(size=SIZE, crop_size=SIZE)
 
 
-def depth_estimator() -> DPTForDepthEstimation:
-    config = DPTConfig(
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        backbone_out_indices=[0, 1, 2, 3],
-        image_size=32,
-        patch_size=16,
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        is_hybrid=False,
+def image_project() -> CLIPImageProjection:
+    return CLIPImageProjection(hidden_size=WIDTH)
+
+
+def depth_estimator() -> GLPNForDepthEstimation:
+    """In DPT's place, whose attention has numbers `scaling` that `snapshot` takes for PEFT's."""
+    ones = [1, 1, 1, 1]
+    widths = [8, 8, 8, 8]
+    config = GLPNConfig(
+        depths=ones, num_attention_heads=ones, sr_ratios=ones, hidden_sizes=widths, decoder_hidden_size=8
     )
-    return DPTForDepthEstimation(config)
+    return GLPNForDepthEstimation(config)
 
 
 def depth_processor() -> DPTImageProcessor:
     return DPTImageProcessor(size={"height": 32, "width": 32})
 
 
-def controlnet(unet: UNet2DConditionModel, **changes: Any) -> ControlNetModel:
-    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16), **changes)
+def projecting_text_encoder() -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(text_config(tiny_tokenizer()))
+
+
+def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINTS)
 
 
 def controlnet_union(unet: UNet2DConditionModel) -> ControlNetUnionModel:
-    return ControlNetUnionModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    known = inspect.signature(ControlNetUnionModel.__init__).parameters
+    config = {key: value for key, value in unet.config.items() if key in known}
+    width = config["block_out_channels"][0]
+    return ControlNetUnionModel(
+        **config,
+        conditioning_embedding_out_channels=HINTS,
+        num_trans_channel=width,
+        num_trans_head=2,
+        num_proj_channel=width,
+    )
+
+
+def controlnet_xs(unet: UNet2DConditionModel) -> ControlNetXSAdapter:
+    return ControlNetXSAdapter.from_unet(unet, block_out_channels=[4, 8], conditioning_embedding_out_channels=HINTS)
 
 
 def sparse_controlnet() -> SparseControlNetModel:
     return SparseControlNetModel(
-        in_channels=4,
-        conditioning_channels=3,
         down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"),
         block_out_channels=(8, 16),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=4,
-        conditioning_embedding_out_channels=(8, 8),
+        conditioning_channels=3,
+        conditioning_embedding_out_channels=HINTS,
         use_simplified_condition_embedding=False,
     )
 
 
-def motion_adapter(**changes: Any) -> MotionAdapter:
-    return MotionAdapter(
-        block_out_channels=(8, 16),
-        motion_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=4,
-        **changes,
-    )
+def motion_adapter() -> MotionAdapter:
+    return MotionAdapter(**MOTION)
+
+
+def pia_adapter() -> MotionAdapter:
+    return MotionAdapter(**MOTION, conv_in_channels=9)
 
 
 def t2i_adapter() -> T2IAdapter:
@@ -133,63 +162,59 @@ def prior() -> PriorTransformer:
     )
 
 
-def _projected_text_encoder() -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(text_config(tiny_tokenizer()))
-
-
-# By the name of the pipeline's parameter; a value with a parameter `unet` is given the pipeline's UNet.
 PARTS: dict[str, Callable[..., Any]] = {
     "vae": tiny_vae,
     "text_encoder": lambda: CLIPTextModel(text_config(tiny_tokenizer())),
-    "text_encoder_2": _projected_text_encoder,
+    "text_encoder_2": projecting_text_encoder,
     "tokenizer": tiny_tokenizer,
     "tokenizer_2": tiny_tokenizer,
     "scheduler": lambda: DDIMScheduler(**BETAS),
+    "inverse_scheduler": lambda: None,
+    "low_res_scheduler": DDPMScheduler,
+    "image_noising_scheduler": DDPMScheduler,
     "safety_checker": lambda: None,
-    "feature_extractor": lambda: None,
     "requires_safety_checker": lambda: False,
+    "feature_extractor": lambda: None,
+    "image_encoder": lambda: None,
     "add_watermarker": lambda: False,
     "controlnet": controlnet,
     "motion_adapter": motion_adapter,
     "adapter": t2i_adapter,
     "depth_estimator": depth_estimator,
-    "low_res_scheduler": lambda: DDPMScheduler(),
+    "image_project": image_project,
+    "processor": image_processor,
     "image_normalizer": lambda: StableUnCLIPImageNormalizer(embedding_dim=WIDTH),
-    "image_noising_scheduler": lambda: DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-    "prior_tokenizer": tiny_tokenizer,
-    "prior_text_encoder": _projected_text_encoder,
     "prior": prior,
+    "prior_tokenizer": tiny_tokenizer,
+    "prior_text_encoder": projecting_text_encoder,
     "prior_scheduler": lambda: UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample"),
+    "caption_generator": lambda: None,
+    "caption_processor": lambda: None,
 }
+"""What makes a part, by the name of the pipeline's parameter. A parameter `unet` is given the pipeline's own."""
 
 
-def build(cls: type, /, **given: Any) -> Any:
-    """A pipeline of that class. What it takes and is not given comes from PARTS, or is left to its default.
+def build(cls: type, /, unet: dict[str, Any], **makers: Callable[..., Any]) -> Any:
+    """A pipeline of that class; SDXL's kind, if it takes a second text encoder.
 
     Args:
-        cls: the class. It is SDXL's kind if it takes a second text encoder.
-        given: parts to use instead; a function makes the part, from the pipeline's UNet if it has a parameter `unet`.
-            A dict given as `unet` changes the config of the tiny UNet.
+        cls: the class.
+        unet: changes to the config of the tiny UNet.
+        makers: what makes parts that differ from PARTS, or that PARTS has not.
     """
     torch.manual_seed(0)
-    parameters = dict(inspect.signature(cls.__init__).parameters)
-    parameters.pop("self")
-    sdxl = "text_encoder_2" in parameters
-    changes = given.pop("unet", {})
-    unet = UNet2DConditionModel.from_config({**sdxl_unet().config, **changes}) if sdxl else tiny_unet(**changes)
-    parts = {"unet": unet}
-    if sdxl:
-        given.setdefault("scheduler", EulerDiscreteScheduler(**BETAS))
+    parameters = inspect.signature(cls.__init__).parameters
+    made: dict[str, Any] = {"unet": tiny_unet(**unet)}
+    if "text_encoder_2" in parameters:
+        config = {key: value for key, value in sdxl_unet().config.items() if not key.startswith("_")}
+        made = {"unet": UNet2DConditionModel(**{**config, **unet}), "scheduler": EulerDiscreteScheduler(**BETAS)}
     for name, parameter in parameters.items():
-        if name in parts:
+        maker = makers.get(name) or PARTS.get(name)
+        if name == "self" or name in made or (maker is None and parameter.default is not parameter.empty):
             continue
-        if name not in given and name not in PARTS:
-            assert parameter.default is not parameter.empty, f"{cls.__name__} needs a part {name!r}"
-            continue
-        part = given.get(name, PARTS.get(name))
-        if inspect.isfunction(part):
-            part = part(unet) if "unet" in inspect.signature(part).parameters else part()
-        parts[name] = part
-    pipe = cls(**parts)
+        assert maker, f"{cls.__name__} takes a {name!r}, which PARTS has not"
+        takes_unet = "unet" in inspect.signature(maker).parameters
+        made[name] = maker(made["unet"]) if takes_unet else maker()
+    pipe = cls(**made)
     pipe.set_progress_bar_config(disable=True)
     return pipe

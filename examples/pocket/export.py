@@ -39,6 +39,70 @@ def difference(base: UNet2DConditionModel, tuned: UNet2DConditionModel) -> tuple
     return tensors, (error / total) ** 0.5
 
 
+MODEL_CARD = """---
+license: apache-2.0
+library_name: diffusers
+tags: [stable-diffusion, lcm-lora, test-model]
+---
+# The model inside lcmlora
+
+A text-to-image pipeline of Stable Diffusion's shape ({parameters:.1f} M parameters, half precision), 64 x 64 pixels,
+that knows {things} things on {backgrounds} backgrounds: "{example}". It exists to show and to test lcmlora without a
+model hub; it is good for nothing else.
+
+| folder | what | made by |
+| --- | --- | --- |
+| `pipeline` | VAE, CLIPTextModel with its own tokenizer, UNet2DConditionModel | `train_vae.py`, `train_base.py` |
+| `lcm-lora` | its LCM-LoRA | `lcmlora distill` |
+| `style-lora` | a style LoRA: soft 3-D renders | `train_style.py` (diffusers and PEFT alone) |
+| `chalk` | a fine-tuned UNet: its difference in 8-bit steps (error {error:.1%}) | `train_finetune.py` |
+
+The scripts are in `examples/pocket/` of the source.
+
+## Training pictures, and their licences
+- The base and the fine-tune were trained on Noto Emoji, (c) Google, Apache-2.0 (npm package `@iconify-json/noto`
+  1.2.9), modified: rasterised, placed on coloured backgrounds; for the fine-tune redrawn as chalk outlines. Google
+  does not endorse this model.
+- The style LoRA (and the VAE) also saw Fluent Emoji, (c) Microsoft Corporation, MIT (npm package
+  `@lobehub/fluent-emoji-3d` 1.1.0), modified: scaled, placed on coloured backgrounds.
+
+Both licences lie in `licenses`. The weights are under Apache-2.0.
+"""
+
+MIT = """MIT License
+
+Copyright (c) Microsoft Corporation.
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+
+def write_papers(output: Path, parameters: int, error: float, words: dict[str, list[str]]) -> None:
+    """Model card and licences beside the weights."""
+    (output / "licenses").mkdir(exist_ok=True)
+    shutil.copy(Path(__file__).parents[2] / "LICENSE", output / "licenses" / "NOTO-EMOJI-APACHE-2.0.txt")
+    (output / "licenses" / "FLUENT-EMOJI-MIT.txt").write_text(MIT, encoding="utf-8")
+    card = MODEL_CARD.format(
+        parameters=parameters / 1e6,
+        things=len(words["things"]),
+        backgrounds=len(words["backgrounds"]),
+        example=words["example"][0],
+        error=error,
+    )
+    (output / "README.md").write_text(card, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for part in ("base", "lcm", "style", "chalk", "output"):
@@ -50,7 +114,9 @@ def main() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(args.base)
     if args.vae:
         pipe.vae = AutoencoderKL.from_pretrained(args.vae)
-    pipe.half().save_pretrained(args.output / "pipeline")
+    parameters = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
+    error = 0.0
+    pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
     if args.chalk:
         tuned = UNet2DConditionModel.from_pretrained(args.chalk / "unet")
         tensors, error = difference(pipe.unet.float(), tuned)
@@ -69,6 +135,7 @@ def main() -> None:
         "example": [caption(Scene("fox", "teal", "small", "on the left"))],
     }
     (args.output / "words.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
+    write_papers(args.output, parameters, error, words)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.2f} MB")
 

@@ -230,7 +230,8 @@ def main() -> None:
         decay = args.decay if args.steps == total else 0
         train({"unet": unet, "text_encoder": text_encoder}, latents, tokens, empty, args, decay)
 
-    scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
+    # As Stable Diffusion ships it, "leading" timesteps included
+    scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1)
     StableDiffusionPipeline(
         vae,
         text_encoder,

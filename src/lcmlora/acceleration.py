@@ -197,8 +197,7 @@ def accelerate(
                 _apply_to_unet(unet_of(pipe), record)
             else:  # a sibling made the shared UNet fast already
                 scheduler = plan.lcm_scheduler(pipe, record.base)
-            _apply_to_pipe(pipe, scheduler, policy, record)
-            record.pipes.add(pipe)
+            _apply_to_pipe(pipe, scheduler, policy, record, undo)
         if keep is None:  # until here a failure could still be undone
             record.originals.forget()
     return pipe
@@ -268,10 +267,10 @@ def _new_record(made: plan.Plan, request: Request) -> _UnetRecord:
 
 
 def _apply_to_unet(unet: Any, record: _UnetRecord) -> None:
+    record.undo.push(_forget, unet)  # the last to run: a restore that is interrupted can be called again
     record.undo.push(record.originals.forget)
     for part in record.parts.values():
         _change(part, {}, record.weights, record.originals, record.undo)
-    record.undo.push(_forget, unet)
     unet.__dict__[_RECORD] = record
 
 
@@ -299,18 +298,21 @@ def _push_return(part: Part, originals: merge.Originals, undo: _Undo) -> None:
         undo.push(merge.merge, layers(part.module), {}, {}, originals)
 
 
-def _apply_to_pipe(pipe: Any, scheduler: Any, policy: calls.Policy, record: _UnetRecord) -> None:
-    # A sibling made from an accelerated pipe has our scheduler: what it stands for is what the sibling gets back.
+def _apply_to_pipe(pipe: Any, scheduler: Any, policy: calls.Policy, record: _UnetRecord, undo: _Undo) -> None:
+    # A sibling made from an accelerated pipe has our scheduler: restore gives it the one that ours stands for.
     before = next((theirs for ours, theirs in record.schedulers if ours is pipe.scheduler), pipe.scheduler)
-    with _Undo() as undo:
-        undo.push(setattr, pipe, "scheduler", pipe.scheduler)
-        pipe.scheduler = scheduler
-        undo.push(setattr, pipe, "__class__", type(pipe))
-        calls.install(pipe, policy)
-        undo.push(_forget, pipe)
-        pipe.__dict__[_RECORD] = _PipeRecord(policy, undo)
-        undo.push(setattr, pipe, "scheduler", before)
+    mine = _PipeRecord(policy, _Undo())
+    mine.undo.push(_forget, pipe)
+    mine.undo.push(setattr, pipe, "scheduler", before)
+    mine.undo.push(setattr, pipe, "__class__", type(pipe))
+    undo.push(setattr, pipe, "scheduler", pipe.scheduler)
+    pipe.scheduler = scheduler
+    undo.push(setattr, pipe, "__class__", type(pipe))
+    calls.install(pipe, policy)
+    undo.push(_forget, pipe)
+    pipe.__dict__[_RECORD] = mine
     record.schedulers.append((scheduler, before))
+    record.pipes.add(pipe)
 
 
 def restore(pipe: Pipe) -> Pipe:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
+from .errors import LoraFileError
 from .merge import FileLora, Halves
 from .unets import base_layer, layer_shape
 
@@ -147,7 +148,11 @@ def inject(module: Any, name: str, lora: FileLora) -> None:
     with lora.opened() as halves:
         for layer in sorted(lora.layers):
             _, up, down = halves(layer)
-            out, *rest = layer_shape(base_layer(module.get_submodule(layer)))
+            inner: Any = base_layer(module.get_submodule(layer))
+            dtype = _adapter_dtype(inner.weight)
+            if not all(torch.isfinite(half.to(dtype)).all() for half in (up, down)):
+                raise LoraFileError(f"{lora.path}: values for {layer} are too large for {dtype}.")
+            out, *rest = layer_shape(inner)
             state[f"{layer}.lora_A.weight"] = down.view(len(down), *rest)
             state[f"{layer}.lora_B.weight"] = up.view(out, len(down), *(1,) * (len(rest) - 1))
     ranks = {layer: pair.rank for layer, pair in lora.pairs.items()}

@@ -81,7 +81,8 @@ class Policy:
         strength = given.get("strength", _default(signature, "strength"))
         if strength is None or given.get("denoising_start") is not None:  # the latter stands in strength's place
             return steps
-        return steps_at_strength(steps, strength)
+        asked = steps_at_strength(steps, strength)
+        return steps if given.get("enforce_inference_steps") else asked  # AnimateDiff's own way to the same end
 
     @staticmethod
     def _sides(given: dict[str, Any], pipe: Any) -> None:
@@ -137,13 +138,11 @@ class Policy:
                     "negative_prompt has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it. "
                     "Each step then takes two UNet passes instead of one.",
                 )
-            if given.get("image_guidance_scale") is not None:
-                self._once(
-                    "image guidance",
-                    "image_guidance_scale has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with "
-                    "it. "
-                    "Each step then takes three UNet passes instead of one.",
-                )
+            for name in ("image_guidance_scale", "editing_prompt", "source_embeds"):
+                if given.get(name) is not None:
+                    self._once(
+                        name, f"{name} has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it."
+                    )
         if (given.get("cross_attention_kwargs") or {}).get("scale") is not None:
             merged = not any(hasattr(module, "lora_A") for module in pipe.unet.modules())
             self._once(

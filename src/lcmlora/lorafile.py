@@ -210,9 +210,8 @@ class _Header:
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     alphas: Mapping[str, float]  # by module, as the file spells it
-    config: Mapping[
-        str, Any
-    ]  # what diffusers writes of PEFT's LoraConfig, keys with the part in front: "unet.lora_alpha"
+    config: Mapping[str, Any]  # what diffusers writes of PEFT's LoraConfig, the part in front: "unet.lora_alpha"
+    patterns: Mapping[str, tuple[tuple[re.Pattern[str], Any], ...]]  # by part: PEFT's `alpha_pattern`, compiled
 
     @staticmethod
     def of(path: Path) -> _Header:
@@ -224,27 +223,29 @@ class _Header:
                 if odd:
                     kind = slices[odd[0]].get_dtype()
                     raise LoraFileError(f"{path}: {odd[0]} is of type {kind}; a LoRA's halves are floating point.")
-                alphas = {
-                    key.removesuffix(".alpha"): float(file.get_tensor(key))
-                    for key, shape in shapes.items()
-                    if key.endswith(".alpha") and math.prod(shape) == 1
-                }
+                alpha_keys = [key for key in shapes if key.endswith(".alpha")]
+                for key in alpha_keys:
+                    if math.prod(shapes[key]) != 1:
+                        raise LoraFileError(f"{path}: {key} is no single number but of shape {list(shapes[key])}.")
+                alphas = {key.removesuffix(".alpha"): float(file.get_tensor(key)) for key in alpha_keys}
                 written = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise LoraFileError(f"{path} can't be read as safetensors (truncated or corrupt?): {error}") from error
         try:
             config = json.loads(written)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise LoraFileError(f"{path}: its lora_adapter_metadata is no JSON, so alpha is unknown.") from error
-        return _Header(path, shapes, alphas, config if isinstance(config, dict) else {})
+        config = config if isinstance(config, dict) else {}
+        parts = ("unet", "text_encoder", "text_encoder_2")
+        patterns = {part: _alpha_patterns(path, config.get(f"{part}.alpha_pattern") or {}) for part in parts}
+        return _Header(path, shapes, alphas, config, patterns)
 
     def alpha(self, part: str, name: str, rank: int) -> float:
         """alpha as PEFT would have it: of the module's own key, else the metadata's, else the rank."""
         if name in self.alphas:
             return self.alphas[name]
-        patterns = self.config.get(f"{part}.alpha_pattern") or {}
         module = _plain(part, name)
-        found = (value for pattern, value in patterns.items() if re.search(rf"(^|\.){re.escape(pattern)}$", module))
+        found = (value for pattern, value in self.patterns[part] if pattern.match(module))
         alpha = next(found, self.config.get(f"{part}.lora_alpha"))
         if alpha is None:
             return float(rank)
@@ -252,8 +253,26 @@ class _Header:
         return _number(alpha) * (math.sqrt(rank) if rank_stabilised else 1.0)
 
 
+def _alpha_patterns(path: Path, written: Any) -> tuple[tuple[re.Pattern[str], Any], ...]:
+    """PEFT's alpha_pattern as it matches it (peft, utils/other.py, get_pattern_key): a regular expression for the end
+    of a name. diffusers writes "^whole.name", of which there may be hundreds.
+    """
+    try:
+        return tuple(
+            (re.compile(f"{key}$" if re.fullmatch(r"\^[\w.]+", key) else rf"(?:.*\.)?(?:{key})$"), value)
+            for key, value in written.items()
+        )
+    except (AttributeError, re.error, OverflowError, RecursionError) as error:
+        raise LoraFileError(
+            f"{path}: the alpha_pattern in its lora_adapter_metadata makes no sense: {error}"
+        ) from error
+
+
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 def _part(key: str) -> re.Match[str] | None:
@@ -373,6 +392,14 @@ def _text_spellings(part: str, layers: Mapping[str, nn.Module]) -> dict[str, str
     return table
 
 
+_SGM_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
 _SGM_INSIDE = (
     ("conv1", "in_layers.2"),
     ("conv2", "out_layers.3"),
@@ -403,7 +430,7 @@ def _sgm(name: str, per_block: int) -> str:
             return f"output_blocks.{block * (per_block + 1) + per_block}.2.conv"
         front = f"output_blocks.{block * (per_block + 1) + index}.{int(kind == 'attentions')}"
     else:
-        return name
+        return _SGM_OUTSIDE.get(name, name)
     if kind == "resnets":
         rest = next((rest.replace(ours, theirs) for ours, theirs in _SGM_INSIDE if rest == ours), rest)
     return f"{front}.{rest}"

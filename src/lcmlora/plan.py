@@ -142,6 +142,15 @@ def make(pipe: Any, request: Request) -> Plan:
     )
 
 
+_CANNOT = {
+    "CycleDiffusionPipeline": "it needs DDIM's eta",
+    "StableDiffusionDiffEditPipeline": "the latents of its invert() lie at DDIM's timesteps, not at LCM's",
+    "StableDiffusionLatentUpscalePipeline": "it reads scheduler.sigmas, which LCMScheduler has not",
+    "StableDiffusionParadigmsPipeline": "it needs a parallel scheduler",
+}
+"""Pipelines with a UNet of the right shape whose own `__call__` rules LCM out; no structure tells."""
+
+
 def _usable_unet(pipe: Any) -> nn.Module:
     unet = unet_of(pipe)
     if isinstance(pipe, nn.Module) or not callable(pipe):
@@ -152,6 +161,9 @@ def _usable_unet(pipe: Any) -> nn.Module:
             f"{name} has no UNet2DConditionModel or UNetMotionModel as `unet`; LCM-LoRAs exist for the UNets of "
             "Stable Diffusion and SDXL."
         )
+    for ancestor in type(pipe).__mro__:
+        if reason := _CANNOT.get(ancestor.__name__):
+            raise PipelineError(f"{name} can't be driven by LCMScheduler: {reason}.")
     if "num_inference_steps" not in inspect.signature(type(pipe).__call__).parameters or not hasattr(
         pipe, "scheduler"
     ):
@@ -209,7 +221,8 @@ def _hint(pipe: Any, adapters: Mapping[str, float]) -> None:
     """
     config: Any = getattr(pipe, "config", {})
     unet = unet_of(pipe)
-    said = [str(config.get("_name_or_path", "")), str(getattr(unet, "config", {}).get("_name_or_path", "")), *adapters]
+    paths = (config.get("_name_or_path", ""), getattr(unet, "config", {}).get("_name_or_path", ""))
+    said = [*(Path(str(path)).name for path in paths), *adapters]
     signs = [repr(text) for text in said if _FAST.search(text)]
     scheduler = type(pipe.scheduler).__name__
     if scheduler.startswith(("LCM", "TCD")):
@@ -279,15 +292,15 @@ def _mismatch(
     if clashes:
         parts.append(f"has other shapes in {len(clashes)} (such as {clashes[0]})")
     if foreign:
-        parts.append(f"names {len(foreign)} modules that the UNet has not (such as {foreign[0]})")
+        parts.append(f"names {len(foreign)} modules that the UNet has not, or names twice (such as {foreign[0]})")
     fits = registry.made_for(info.cross_attention_dim, len(info.modules))
     way_out = (
         f" For this pipe use {base.lora}." if base and base.lora else " Pass lora= with a file made for this UNet."
     )
+    title = base.title if base else registry.title_of(unet)
     return (
-        f"{info.path} does not fit this pipe, {base.title if base else 'a UNet of its own kind'}: "
-        f"it {', '.join(parts)}."
-        + (f" It looks like the LCM-LoRA of {fits.title}." if fits and fits is not base else "")
+        f"{info.path} does not fit this pipe, {title}: it {', '.join(parts)}."
+        + (f" It looks like an LCM-LoRA of {fits}." if fits and fits != title else "")
         + way_out
     )
 

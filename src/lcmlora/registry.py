@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -61,6 +62,7 @@ class Base:
 
 _SD = (320, 640, 1280, 1280)
 _XL = (320, 640, 1280)
+_POCKET = str(Path(__file__).parent / "pocket/model/lcm-lora")
 _registered: dict[str, Base] = {
     base.name: base
     for base in (
@@ -80,6 +82,7 @@ _registered: dict[str, Base] = {
             beta_schedule="linear",
             motion=True,
         ),
+        Base("pocket", "the embedded model", 128, (48, 80, 128), 129, _POCKET, rank=16),
     )
 }
 
@@ -121,11 +124,20 @@ def find_base(unet: nn.Module) -> Base | None:
     return next((base for base in _registered.values() if base.matches(unet) and not base.motion), None)
 
 
-def made_for(cross_attention_dim: int | None, modules: int) -> Base | None:
-    """The base whose LCM-LoRA has this text width and this many modules, or None."""
+def made_for(cross_attention_dim: int | None, modules: int) -> str | None:
+    """The title of the base whose LCM-LoRA has this text width and this many modules, or None."""
+    if (cross_attention_dim, modules) == (1024, 278):
+        return "Stable Diffusion 2.x"
     return next(
-        (b for b in _registered.values() if (b.cross_attention_dim, b.layers) == (cross_attention_dim, modules)), None
+        (b.title for b in _registered.values() if (b.cross_attention_dim, b.layers) == (cross_attention_dim, modules)),
+        None,
     )
+
+
+def title_of(unet: nn.Module) -> str:
+    """What kind of UNet this is, in words, whether an LCM-LoRA exists for it or not."""
+    base = find_base(unet)
+    return base.title if base else _unsupported(unet) or "a UNet of its own kind"
 
 
 def detect_base(pipe_or_unet: Any) -> Base:

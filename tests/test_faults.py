@@ -1,0 +1,161 @@
+"""All or nothing: whatever line of the work is interrupted, the pipe is as it was, and a second call finishes the
+work.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import lcmlora
+from conftest import assert_same, sd_pipe, snapshot, write_lora
+from lcmlora import Style
+
+WORK = {
+    str(Path(lcmlora.__file__).parent / name) for name in ("acceleration.py", "adapters.py", "merge.py", "calls.py")
+}
+
+
+class Interrupted(KeyboardInterrupt):
+    pass
+
+
+def interrupt(work: Callable[[], object], line: int) -> bool:
+    """Run `work`, and raise Interrupted before the `line`-th line of lcmlora's that it executes; False if it has
+    fewer.
+    """
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if frame.f_code.co_filename not in WORK:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line:
+                sys.settrace(None)
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def every_line(work: Callable[[], object], check: Callable[[], object], stride: int) -> int:
+    """Interrupt `work` at every `stride`-th line until it runs through; `check` after each. The number of
+    interruptions.
+    """
+    line, count = 1, 0
+    while interrupt(work, line):
+        check()
+        line, count = line + stride, count + 1
+    return count
+
+
+@pytest.fixture
+def files(tmp_path):
+    pipe = sd_pipe()
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    halves = {f"{text}.lora_A.weight": torch.randn(2, 32), f"{text}.lora_B.weight": torch.randn(32, 2)}
+    write_lora(tmp_path / "lcm.safetensors", pipe.unet, only=lambda n: "to_" in n or "conv1" in n)
+    write_lora(tmp_path / "own.safetensors", pipe.unet, only=lambda n: "to_q" in n, spelling="diffusers")
+    write_lora(
+        tmp_path / "style.safetensors", pipe.unet, only=lambda n: "to_v" in n, spelling="diffusers", extra=halves
+    )
+    write_lora(tmp_path / "whole.safetensors", pipe.unet)
+    return tmp_path
+
+
+@pytest.fixture
+def pipe(files):
+    """A pipe with a LoRA of the user's own in it."""
+    pipe = sd_pipe()
+    pipe.load_lora_weights(str(files), weight_name="own.safetensors", adapter_name="own")
+    pipe.set_adapters(["own"], [0.6])
+    return pipe
+
+
+@pytest.mark.parametrize(("fuse", "keep"), [(True, "memory"), (True, "disk"), (True, None), (False, "memory")])
+def test_accelerate_interrupted_at_any_line_leaves_the_pipe_as_it_was(fuse, keep, pipe, files):
+    before = snapshot(pipe)
+
+    def work():
+        styles = {"s": Style(files / "style.safetensors", 0.7)}
+        lcmlora.accelerate(pipe, lora=files / "whole.safetensors", styles=styles, fuse=fuse, keep=keep)
+
+    def check():
+        if lcmlora.is_accelerated(pipe):  # interrupted after the last change: then all of it is done
+            if keep is None:  # and there is no way back, which is what was asked for
+                return
+            assert lcmlora.status(pipe).styles.keys() == {"s", "own"}
+            lcmlora.restore(pipe)
+        assert_same(before, snapshot(pipe))
+
+    assert every_line(work, check, stride=43) > 20
+    assert lcmlora.is_accelerated(pipe)
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
+def test_restore_interrupted_at_any_line_is_finished_by_a_second_call(fuse, pipe, files):
+    before = snapshot(pipe)
+    styles = {"s": Style(files / "style.safetensors", 0.7)}
+
+    def check():
+        if lcmlora.is_accelerated(pipe):
+            lcmlora.restore(pipe)
+        assert_same(before, snapshot(pipe))
+        lcmlora.accelerate(pipe, lora=files / "whole.safetensors", styles=styles, fuse=fuse)
+
+    lcmlora.accelerate(pipe, lora=files / "whole.safetensors", styles=styles, fuse=fuse)
+    assert every_line(lambda: lcmlora.restore(pipe), check, stride=23) > 8
+    assert_same(before, snapshot(pipe))
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
+def test_set_styles_interrupted_at_any_line_leaves_the_styles_as_they_were(fuse, pipe, files):
+    lcmlora.accelerate(pipe, lora=files / "whole.safetensors", fuse=fuse)
+    before, status = snapshot(pipe), lcmlora.status(pipe)
+
+    def check():
+        if lcmlora.status(pipe) != status:
+            assert lcmlora.status(pipe).styles == pytest.approx({"own": 0.2, "s": 0.8})
+            lcmlora.set_styles(pipe, {"own": status.styles["own"]})
+        assert_same(before, snapshot(pipe))
+
+    wanted = {"own": 0.2, "s": files / "style.safetensors"}
+    assert every_line(lambda: lcmlora.set_styles(pipe, wanted), check, stride=43) > 8
+
+
+def test_of_two_threads_one_wins_and_the_other_is_told(pipe, files):
+    before = snapshot(pipe)
+    outcomes, start = [], threading.Barrier(2)
+
+    def work(weight):
+        start.wait()
+        try:
+            lcmlora.accelerate(pipe, lora=files / "whole.safetensors", weight=weight)
+            outcomes.append(weight)
+        except lcmlora.PipelineError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(weight,)) for weight in (0.5, 1.0)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    (winner,) = [outcome for outcome in outcomes if isinstance(outcome, float)]
+    (told,) = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    assert "other settings" in told
+    assert lcmlora.status(pipe).weight == winner
+    lcmlora.restore(pipe)
+    assert_same(before, snapshot(pipe))

@@ -1,0 +1,82 @@
+"""The package as others see it: names, imports, the command line, the documents."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import lcmlora
+from conftest import sd_pipe, write_lora
+from lcmlora.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in lcmlora.__all__:
+        value = getattr(lcmlora, name)
+        assert not isinstance(value, type(sys)), f"{name} is a module"
+        assert value.__doc__, name
+    assert lcmlora.__all__ == sorted(lcmlora.__all__)
+    assert set(lcmlora.__all__) <= set(dir(lcmlora))
+    with pytest.raises(AttributeError, match="no attribute 'acelerate'"):
+        _ = lcmlora.acelerate
+
+
+def test_import_loads_neither_torch_nor_diffusers():
+    heavy = ("torch", "diffusers", "peft", "numpy")
+    code = f"import sys, lcmlora, lcmlora.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_command_line_lists_bases():
+    shown = CliRunner().invoke(main, ["bases"]).output
+    assert "latent-consistency/lcm-lora-sdxl" in shown
+    assert "788 layers" in shown
+
+
+def test_the_command_line_inspects_a_file(tmp_path):
+    file = write_lora(tmp_path / "l.safetensors", sd_pipe().unet, alpha=2.0)
+    shown = CliRunner().invoke(main, ["inspect", str(file)])
+    assert shown.exit_code == 0
+    assert "rank 4" in shown.output
+    assert "alphas 2" in shown.output
+
+
+def test_the_command_line_tells_refusals_in_a_line(tmp_path):
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "none.bin")])
+    assert shown.exit_code == 1
+    assert shown.output.startswith("Error: LoRA")
+
+
+def test_distill_has_an_option_for_every_setting():
+    shown = CliRunner().invoke(main, ["distill", "--help"]).output
+    for name in ("--rank", "--learning-rate", "--huber-c", "--gradient-checkpointing", "--mixed-precision"):
+        assert name in shown
+
+
+def test_every_pitfall_has_a_row_and_every_row_a_test_that_exists():
+    """docs/pitfalls.md: 39 rows, each with a test's name, or with the words "out of reach" and why."""
+    text = (ROOT / "docs/pitfalls.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", text, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 40))
+    defined = {
+        name for file in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    for number, row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named or "out of reach" in row, f"row {number} names no test"
+        assert set(named) <= defined, f"row {number}: {set(named) - defined}"
+
+
+def test_the_readme_names_what_there_is():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"lcmlora\.(\w+)\(", text)) <= set(lcmlora.__all__)
+    for place in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (ROOT / place).exists(), place

@@ -1,0 +1,69 @@
+"""The embedded model: it loads without a hub, and the package does with it what it promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import lcmlora
+from conftest import assert_same, snapshot
+from lcmlora import demo, pocket
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = lcmlora.load_pocket()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pictures(pipe, **call) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(i) for i in range(len(demo.PROMPTS))]
+    return np.stack(pipe(list(demo.PROMPTS), generator=generators, output_type="np", **call).images)
+
+
+def test_it_is_small_and_carries_its_licences():
+    size = sum(file.stat().st_size for file in pocket.MODEL.rglob("*") if file.is_file())
+    assert size <= 20e6
+    names = {file.name for file in (pocket.MODEL / "licenses").iterdir()}
+    assert names == {"NOTO-EMOJI-APACHE-2.0.txt", "FLUENT-EMOJI-MIT.txt"}
+    assert "Noto Emoji" in (pocket.MODEL / "README.md").read_text(encoding="utf-8")
+
+
+def test_its_lora_was_made_by_this_package_and_is_found_by_structure(pipe):
+    assert lcmlora.detect_base(pipe).name == "pocket"
+    info = lcmlora.inspect_lora(pocket.LCM_LORA)
+    assert (len(info.modules), info.ranks) == (129, (16,))
+
+
+def test_four_steps_are_near_fifty_with_the_lora_and_far_without(pipe):
+    """Mean squared distance of the pictures to the base's own at 50 steps, same prompts and seeds."""
+    before = snapshot(pipe)
+    fifty = pictures(pipe, num_inference_steps=50, guidance_scale=pocket.GUIDANCE)
+    without = pictures(pipe, num_inference_steps=4, guidance_scale=1.0)
+    with lcmlora.accelerated(pipe):
+        accelerated = pictures(pipe)
+    assert_same(before, snapshot(pipe))
+    assert ((accelerated - fifty) ** 2).mean() < 0.7 * ((without - fifty) ** 2).mean()
+
+
+@pytest.mark.parametrize("variant", ["base", "chalk"])
+def test_the_lora_of_the_base_serves_the_fine_tune_and_the_style(variant):
+    pipe = lcmlora.load_pocket(variant)
+    pipe.set_progress_bar_config(disable=True)
+    lcmlora.accelerate(pipe, styles={"3d": pocket.STYLE})
+    assert lcmlora.status(pipe).styles == {"3d": 0.8}
+    assert np.isfinite(pictures(pipe, num_inference_steps=1)).all()
+
+
+def test_prompts_of_the_demo_are_made_of_words_it_knows():
+    words = pocket.words()
+    for prompt in demo.PROMPTS:
+        assert any(thing in prompt for thing in words["things"]), prompt
+        assert any(f"{colour} background" in prompt for colour in words["backgrounds"]), prompt
+
+
+def test_unknown_variants_are_refused():
+    with pytest.raises(ValueError, match="'base' or 'chalk'"):
+        lcmlora.load_pocket("watercolour")
