@@ -4,8 +4,8 @@
 
 UNets of the real shapes with random half-precision weights, an LCM-LoRA of the official layout (rank 64, kohya keys,
 every layer an LCM-LoRA adapts). For each way of keeping: seconds of accelerate and of restore (median of three), bytes
-kept, and whether every tensor came back. Beside it, in the same run, plain diffusers: load, fuse, unfuse, unload. Writes
-`benchmarks/undo_cost.json` and `docs/undo-cost.md`.
+kept, and whether every tensor came back. Beside it, in the same run, plain diffusers: load, fuse, unfuse, unload.
+Writes `benchmarks/undo_cost.json` and `docs/undo-cost.md`.
 """
 
 from __future__ import annotations
@@ -139,9 +139,10 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# What the exact undo costs",
         "",
-        f"Made by `benchmarks/undo_cost.py` ({platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}):",
-        "full UNet shapes, random weights in half precision, an LCM-LoRA of rank 64. Median of three. *diffusers* is load,",
-        "fuse, then unfuse, unload.",
+        f"Made by `benchmarks/undo_cost.py` ({platform.machine()}, {os.cpu_count()} processors, "
+        f"torch {torch.__version__}):",
+        "full UNet shapes, random weights in half precision, an LCM-LoRA of rank 64. Median of three. *diffusers* is",
+        "load, fuse, then unfuse, unload.",
         "",
         "| shape | way | accelerate, s | restore, s | kept, MiB | weights changed after the way back |",
         "| --- | --- | --- | --- | --- | --- |",

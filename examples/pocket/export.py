@@ -126,7 +126,7 @@ def main() -> None:
     for source, name in ((args.lcm, "lcm-lora"), (args.style, "style-lora")):
         if source:
             (args.output / name).mkdir(exist_ok=True)
-            shutil.copy(source / LORA, args.output / name / LORA)
+            shutil.copyfile(source / LORA, args.output / name / LORA)
     words = {
         "things": [THINGS[key] for key in TAUGHT],
         "backgrounds": list(BACKGROUNDS),
@@ -135,6 +135,10 @@ def main() -> None:
         "example": [caption(Scene("fox", "teal", "small", "on the left"))],
     }
     (args.output / "words.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
+    for file in args.output.rglob("*.json"):  # diffusers notes where the parts were loaded from
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None):
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_papers(args.output, parameters, error, words)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.2f} MB")
