@@ -125,7 +125,6 @@ def accuracy(reader: Reader, pictures: torch.Tensor, scenes: list[Scene]) -> dic
 
 def distance(reader: Reader, one: torch.Tensor, other: torch.Tensor) -> float:
     metric = FrechetInceptionDistance(feature=reader, input_img_size=(3, 64, 64))
-    metric.set_dtype(torch.float64)
     metric.update(one, real=True)
     metric.update(other, real=False)
     return float(metric.compute())
