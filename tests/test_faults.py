@@ -103,7 +103,7 @@ def test_accelerate_interrupted_at_any_line_leaves_the_pipe_as_it_was(fuse, keep
             lcmlora.restore(pipe)
         assert_same(before, snapshot(pipe))
 
-    assert every_line(work, check, stride=43) > 20
+    assert every_line(work, check, stride=43 if fuse else 211) > 20
     assert lcmlora.is_accelerated(pipe)
 
 
@@ -119,23 +119,25 @@ def test_restore_interrupted_at_any_line_is_finished_by_a_second_call(fuse, pipe
         lcmlora.accelerate(pipe, lora=files / "whole.safetensors", styles=styles, fuse=fuse)
 
     lcmlora.accelerate(pipe, lora=files / "whole.safetensors", styles=styles, fuse=fuse)
-    assert every_line(lambda: lcmlora.restore(pipe), check, stride=23) > 8
+    assert every_line(lambda: lcmlora.restore(pipe), check, stride=23 if fuse else 89) > 8
     assert_same(before, snapshot(pipe))
 
 
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
 def test_set_styles_interrupted_at_any_line_leaves_the_styles_as_they_were(fuse, pipe, files):
     lcmlora.accelerate(pipe, lora=files / "whole.safetensors", fuse=fuse)
-    before, status = snapshot(pipe), lcmlora.status(pipe)
+    before, styles = snapshot(pipe), lcmlora.status(pipe).styles
 
     def check():
-        if lcmlora.status(pipe) != status:
+        nonlocal before
+        if lcmlora.status(pipe).styles != styles:  # interrupted after the last change: then all of it is done
             assert lcmlora.status(pipe).styles == pytest.approx({"own": 0.2, "s": 0.8})
-            lcmlora.set_styles(pipe, {"own": status.styles["own"]})
+            lcmlora.accelerate(lcmlora.restore(pipe), lora=files / "whole.safetensors", fuse=fuse)
+            before = snapshot(pipe)
         assert_same(before, snapshot(pipe))
 
     wanted = {"own": 0.2, "s": files / "style.safetensors"}
-    assert every_line(lambda: lcmlora.set_styles(pipe, wanted), check, stride=43) > 8
+    assert every_line(lambda: lcmlora.set_styles(pipe, wanted), check, stride=43 if fuse else 149) > 8
 
 
 def test_of_two_threads_one_wins_and_the_other_is_told(pipe, files):

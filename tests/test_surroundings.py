@@ -211,6 +211,9 @@ def test_nothing_is_printed_or_logged(fuse, lcm_file, tmp_path, capfd, caplog, r
     }
     style = write_lora(tmp_path / "s.safetensors", pipe.unet, only=lambda n: "to_q" in n, extra=extra)
     lora = lcm_file(pipe)
+    recwarn.clear()  # what making the pipe said
+    capfd.readouterr()
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         lcmlora.accelerate(pipe, lora=lora, styles={"s": style}, fuse=fuse)
         lcmlora.set_styles(pipe, {"s": 0.5})

@@ -36,7 +36,10 @@ def main() -> None:
     pipe.unet.add_adapter(lora, adapter_name="style")
     pipe.unet.to(memory_format=torch.channels_last)
     train({"unet": pipe.unet}, latents, prompts, empty, args, args.decay)
-    layers = {key: value.half().contiguous() for key, value in get_peft_model_state_dict(pipe.unet, adapter_name="style").items()}
+    layers = {
+        key: value.half().contiguous()
+        for key, value in get_peft_model_state_dict(pipe.unet, adapter_name="style").items()
+    }
     metadata = {"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS}
     pipe.save_lora_weights(args.output, convert_state_dict_to_diffusers(layers), unet_lora_adapter_metadata=metadata)
 

@@ -41,16 +41,28 @@ class _Undo:
         self._steps.append(functools.partial(step, *args))
 
     def run(self) -> None:
+        """Go back. A step that raises stays, with those after it: another call goes on there."""
         while self._steps:
             self._steps[-1]()
             self._steps.pop()
+
+    def roll_back(self) -> None:
+        """Go back as far as possible: a step that raises does not keep the others from running."""
+        failed: BaseException | None = None
+        while self._steps:
+            try:
+                self._steps.pop()()
+            except BaseException as error:
+                failed = failed or error
+        if failed:
+            raise failed
 
     def __enter__(self) -> _Undo:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if error is not None:
-            self.run()
+            self.roll_back()
 
 
 @dataclasses.dataclass
@@ -70,6 +82,10 @@ class _UnetRecord:
     @property
     def fused(self) -> bool:
         return self.parts["unet"].merged
+
+    def settle(self, parts: dict[str, Part], weights: dict[str, float]) -> None:
+        """What is in the parts now."""
+        self.parts, self.weights = parts, weights
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _UnetRecord:
         names = [field.name for field in dataclasses.fields(self) if field.name != "pipes"]
@@ -395,9 +411,14 @@ def set_styles(pipe: Pipe, styles: Mapping[str, float | str | Path | Style]) -> 
                 elif old is not None:
                     undo.push(adapters.Adapters(part.module).restore)
                 _change(part, old.loras if old else {}, weights, record.originals, undo if old is None else _Undo())
+            before = record.parts
+            for name in parts.keys() - before.keys():
+                _push_return(parts[name], record.originals, record.undo)
+            undo.push(record.settle, before, record.weights)
+            record.settle(parts, weights)
         for name, part in parts.items():
-            _settle(record, name, part)
-        record.weights = weights
+            if name in before and not part.merged:
+                adapters.delete(part.module, set(before[name].loras) - set(part.loras))
     return pipe
 
 
@@ -431,16 +452,6 @@ def _restyled(
         }
         parts[part_name] = dataclasses.replace(part, loras={**kept, **files.get(part_name, {})})
     return parts, weights
-
-
-def _settle(record: _UnetRecord, name: str, part: Part) -> None:
-    """After `set_styles` succeeded: what the record has to know, and adapters that are used no more."""
-    old = record.parts.get(name)
-    if old is None:
-        _push_return(part, record.originals, record.undo)
-    elif not part.merged:
-        adapters.delete(part.module, set(old.loras) - set(part.loras))
-    record.parts[name] = part
 
 
 @contextmanager

@@ -18,7 +18,7 @@ MODEL = Path(__file__).parent / "model"
 LCM_LORA = MODEL / "lcm-lora"
 STYLE = MODEL / "style-lora"
 """The style LoRA's folder: soft 3-D renders, for `accelerate(pipe, styles={"3d": lcmlora.pocket.STYLE})`."""
-GUIDANCE = 4.0
+GUIDANCE = 2.5
 """The `guidance_scale` at which the model itself is best, when it is not accelerated (benchmarks/pocket_quality.py).
 """
 
