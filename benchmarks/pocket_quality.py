@@ -193,7 +193,7 @@ def best_guidance(pipe: Any, reader: Reader, scenes: list[Scene]) -> tuple[float
     return best["guidance"], rows
 
 
-def measure(data: Path, count: int, reader_steps: int) -> dict[str, Any]:
+def measure(data: Path, count: int, reader_steps: int, style_only: bool = False) -> dict[str, Any]:
     sprites = Sprites(data)
     reader = train_reader(sprites, data / "reader.pt", reader_steps)
     drawn = iter(scenes_of(100_000, seed=2024))
@@ -203,7 +203,7 @@ def measure(data: Path, count: int, reader_steps: int) -> dict[str, Any]:
         (held if scene.held_out else seen).append(scene)
     scenes = [s for pair in zip(seen[: count // 2], held[: count // 2], strict=True) for s in pair]
     pipe = quiet(pocket.load_pocket())
-    guidance, choice = best_guidance(pipe, reader, scenes[:128])
+    guidance, choice = (pocket.GUIDANCE, []) if style_only else best_guidance(pipe, reader, scenes[:128])
     real = {
         part: pixels(
             [sprites.compose(s, look, random.Random(i)) for i, s in enumerate(training_scenes(2000, seed=77))]
@@ -236,15 +236,18 @@ def measure(data: Path, count: int, reader_steps: int) -> dict[str, Any]:
 
         return run
 
-    run = runner("base")
-    base_rows(pipe, run, guidance)
-    lcm_rows(pipe, run, (1, 2, 4, 8))
+    if not style_only:
+        run = runner("base")
+        base_rows(pipe, run, guidance)
+        lcm_rows(pipe, run, (1, 2, 4, 8))
     run = runner("style")
     pipe.load_lora_weights(pocket.STYLE, weight_name="pytorch_lora_weights.safetensors", adapter_name="3d")
     for steps in (50, 8, 4):
         run(pipe, "Euler", steps, guidance)
     pipe.unload_lora_weights()
     lcm_rows(pipe, run, (4, 8), styles={"3d": lcmlora.Style(pocket.STYLE, 1.0)})
+    if style_only:
+        return {"rows": rows}
     pipe, run = quiet(pocket.load_pocket("chalk")), runner("chalk")
     for steps in (50, 8, 4):
         run(pipe, "Euler", steps, guidance)
@@ -319,13 +322,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--reader-steps", type=int, default=900)
+    parser.add_argument("--style-only", action="store_true", help="measure the style's rows alone, keep the others")
     parser.add_argument("--reader-only", action="store_true", help="train the classifier and stop")
     args = parser.parse_args()
     if args.reader_only:
         train_reader(Sprites(args.data), args.data / "reader.pt", args.reader_steps)
         return
-    result = measure(args.data, args.prompts, args.reader_steps)
-    (ROOT / "benchmarks/pocket_quality.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    file = ROOT / "benchmarks/pocket_quality.json"
+    result = measure(args.data, args.prompts, args.reader_steps, args.style_only)
+    if args.style_only:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        result = {**before, "rows": [row for row in before["rows"] if row["part"] != "style"] + result["rows"]}
+    file.write_text(json.dumps(result, indent=1), encoding="utf-8")
     (ROOT / "docs/pocket-quality.md").write_text(page(result), encoding="utf-8")
 
 

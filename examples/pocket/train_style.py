@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pictures import Sprites, training_scenes
@@ -41,7 +40,7 @@ def main() -> None:
         for key, value in get_peft_model_state_dict(pipe.unet, adapter_name="style").items()
     }
     metadata = {"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS}
-    pipe.save_lora_weights(args.output, convert_state_dict_to_diffusers(layers), unet_lora_adapter_metadata=metadata)
+    pipe.save_lora_weights(args.output, layers, unet_lora_adapter_metadata=metadata)
 
 
 if __name__ == "__main__":

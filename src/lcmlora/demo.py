@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from . import __version__, pocket
 from .acceleration import accelerated
+from .errors import LcmLoraWarning
 from .plan import Style
 from .sheets import BASE_STEPS, Sheet, sweep, sweep_guidance, sweep_steps
 
@@ -64,7 +66,8 @@ def run(folder: str | Path, progress: Callable[[str], Any] = lambda text: None) 
     with accelerated(pipe):
         sheets["1-lcm-steps"] = sweep_steps(pipe, PROMPTS, title="LCM-LoRA, guidance 1")
     progress("guidance, with a negative prompt")
-    with accelerated(pipe, guidance=None):
+    with accelerated(pipe, guidance=None), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LcmLoraWarning)  # the sheet is there to show what the warning says
         sheets["2-guidance"] = sweep_guidance(
             pipe,
             PROMPTS,

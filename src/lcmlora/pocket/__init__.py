@@ -51,7 +51,7 @@ def load_pocket(variant: Literal["base", "chalk"] = "base", *, dtype: torch.dtyp
     pipe = StableDiffusionPipeline.from_pretrained(MODEL / "pipeline", dtype=torch.float32, local_files_only=True)
     if variant == "chalk":
         _add_difference(pipe.unet, MODEL / "chalk" / "unet_difference.safetensors")
-    return pipe.to(dtype=dtype or torch.float32)
+    return pipe if dtype is None else pipe.to(dtype=dtype)  # "to" logs, even where there is nothing to do
 
 
 def _add_difference(unet: Any, file: Path) -> None:
