@@ -219,7 +219,7 @@ class _Header:
             with safe_open(path, "pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-                odd = [key for key, part in slices.items() if _part(key) and part.get_dtype() not in _FLOATS]
+                odd = [key for key, part in slices.items() if _PART.match(key) and part.get_dtype() not in _FLOATS]
                 if odd:
                     kind = slices[odd[0]].get_dtype()
                     raise LoraFileError(f"{path}: {odd[0]} is of type {kind}; a LoRA's halves are floating point.")
@@ -275,10 +275,6 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _part(key: str) -> re.Match[str] | None:
-    return _PART.match(key)
-
-
 def _plain(part: str, name: str) -> str:
     """A module's name in a file without what stands in front of the model's own name."""
     return _IN_FRONT.sub("", name.removeprefix(f"{part}."))
@@ -289,7 +285,7 @@ def _sort_keys(header: _Header) -> dict[tuple[str, str], dict[str, str]]:
     sides: dict[tuple[str, str], dict[str, str]] = {}
     strange: list[str] = []
     for key in header.shapes:
-        match = _part(key)
+        match = _PART.match(key)
         if match:
             name, side = match["module"], _SIDES[match["part"]]
             front = _IN_FRONT.sub("", name)

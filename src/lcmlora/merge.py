@@ -79,6 +79,7 @@ class Originals:
         if id(parameter) not in self._kept:
             self._kept[id(parameter)] = (parameter, self._store.save(parameter.detach()))
             self.bytes += parameter.nbytes
+            return parameter.detach()  # as it is still unchanged, it need not come back from host memory or disk
         return self._store.load(self._kept[id(parameter)][1]).to(parameter.device)
 
     def put_back(self, parameter: nn.Parameter) -> None:

@@ -125,7 +125,7 @@ def make(pipe: Any, request: Request) -> Plan:
             files.setdefault(part, {})[name] = lora
     fuse = _fuse(unet, request.fuse)
     parts = tuple(
-        _part(pipe, name, files.get(name, {}), fuse)
+        part_for(pipe, name, fuse, files.get(name))
         for name in ("unet", *TEXT_ENCODERS)
         if name in files or (fuse and _adapted(getattr(pipe, name, None)))
     )
@@ -345,19 +345,15 @@ def _adapted(module: Any) -> bool:
     return isinstance(module, nn.Module) and bool(tuner_layers(module))
 
 
-def _part(pipe: Any, name: str, files: Mapping[str, Lora], fuse: bool) -> Part:
+def part_for(pipe: Any, name: str, fuse: bool, files: Mapping[str, Lora] | None = None) -> Part:
+    """A part of the pipe as it is, and the LoRA files that are to go into it."""
     module = unet_of(pipe) if name == "unet" else getattr(pipe, name)
     assert isinstance(module, nn.Module)
     adapters = Adapters(module)
     # "auto" may have found that the UNet can't be merged; a text encoder that can't gets adapters, which cost little
     # there
     fuse = fuse and _not_mergeable(module, adapters) is None
-    return Part(name, module, adapters, {**adapters.loras, **files}, fuse)
-
-
-def part_for(pipe: Any, name: str, fuse: bool) -> Part:
-    """A part that had no LoRA so far."""
-    return _part(pipe, name, {}, fuse)
+    return Part(name, module, adapters, {**adapters.loras, **(files or {})}, fuse)
 
 
 def _room(part: Part, keep: Keep) -> int:
