@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def pipe(files):
     return pipe
 
 
-@pytest.mark.parametrize(("fuse", "keep"), [(True, "memory"), (True, "disk"), (True, None), (False, "memory")])
+@pytest.mark.parametrize(("fuse", "keep"), [(True, "memory"), (True, "disk"), (False, "memory")])
 def test_accelerate_interrupted_at_any_line_leaves_the_pipe_as_it_was(fuse, keep, pipe, files):
     before = snapshot(pipe)
 
@@ -97,14 +98,44 @@ def test_accelerate_interrupted_at_any_line_leaves_the_pipe_as_it_was(fuse, keep
 
     def check():
         if lcmlora.is_accelerated(pipe):  # interrupted after the last change: then all of it is done
-            if keep is None:  # and there is no way back, which is what was asked for
-                return
             assert lcmlora.status(pipe).styles.keys() == {"s", "own"}
             lcmlora.restore(pipe)
         assert_same(before, snapshot(pipe))
 
     assert every_line(work, check, stride=43 if fuse else 211) > 20
     assert lcmlora.is_accelerated(pipe)
+
+
+def test_accelerate_without_originals_interrupted_undoes_all_or_says_what_is_spoiled(pipe, files):
+    before, weights = snapshot(pipe), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    ends = {"as it was": 0, "spoiled": 0, "accelerated": 0}
+
+    def work():
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                lcmlora.accelerate(pipe, lora=files / "whole.safetensors", keep=None)
+            finally:
+                told_of = any("weights are merged and some are not" in str(w.message) for w in told)
+                assert told_of == hasattr(pipe.unet, "_lcmlora_spoiled")
+
+    def check():
+        if lcmlora.is_accelerated(pipe):  # interrupted after the last change
+            ends["accelerated"] += 1
+        elif hasattr(pipe.unet, "_lcmlora_spoiled"):
+            ends["spoiled"] += 1
+            with pytest.raises(lcmlora.PipelineError, match="anew with from_pretrained"):
+                lcmlora.accelerate(pipe, lora=files / "whole.safetensors", keep=None)
+            del pipe.unet._lcmlora_spoiled
+            pipe.unet.load_state_dict(weights)
+            assert_same(before, snapshot(pipe))
+        else:
+            ends["as it was"] += 1
+            assert_same(before, snapshot(pipe))
+
+    every_line(work, check, stride=43)
+    assert ends["as it was"] > 5
+    assert ends["spoiled"] > 5
 
 
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])

@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import adapters, calls, merge, plan
+from . import adapters, calls, compiling, decoders, merge, plan
+from .compiling import Compile
 from .errors import LcmLoraWarning, PipelineError
 from .merge import Keep
 from .plan import LCM, Fuse, Part, Request, Style, Styles
+from .prompts import PromptCache
 from .registry import Base
 from .unets import layers, unet_of
 
@@ -27,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 Pipe = TypeVar("Pipe")
 _RECORD = "_lcmlora"  # the attribute that holds our record, on the UNet and on each accelerated pipe
+_SPOILED = "_lcmlora_spoiled"  # on a UNet whose weights are neither the old nor the new ones
+_LOST = (
+    "some of the UNet's weights are merged and some are not, and with keep=None no originals were kept. Load the pipe "
+    "anew with from_pretrained."
+)
 _lock = threading.RLock()
 
 
@@ -93,11 +100,24 @@ class _UnetRecord:
 
 
 @dataclasses.dataclass
+class _Shell:
+    """What the caller of `accelerate` asked of one pipe, apart from its UNet."""
+
+    policy: calls.Policy
+    vae: decoders.Vae
+    cache_prompts: int
+
+
+@dataclasses.dataclass
 class _PipeRecord:
     """What was done to one shell."""
 
-    policy: calls.Policy
+    asked: _Shell
     undo: _Undo
+
+    @property
+    def policy(self) -> calls.Policy:
+        return self.asked.policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +169,9 @@ def accelerate(
     steps: int = 4,
     guidance: float | None = 1.0,
     strict: bool = False,
+    vae: decoders.Vae = None,
+    compile: Compile = False,
+    cache_prompts: int = 0,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -171,11 +194,18 @@ def accelerate(
         fuse: "auto" merges the LoRAs into the weights wherever those are plain floats (no cost per step), True insists
             on it, False leaves PEFT adapters.
         keep: where the merged layers' originals wait for `restore`: "memory" (host memory), "disk" (a temporary file,
-            in TMPDIR), or None, and then `restore` and `set_styles` refuse.
+            in TMPDIR), or None: nothing is kept, `restore` and `set_styles` refuse, and a failure in the middle of
+            the merge (out of memory, Ctrl-C) leaves a spoiled UNet, which a warning says.
         steps: `num_inference_steps` of calls that pass none, 1 to 50.
         guidance: `guidance_scale` of calls that pass none. What a call passes is kept within 1 to 2, with a warning.
             None leaves guidance alone altogether.
         strict: raise `CallError` instead of clamping guidance.
+        vae: another VAE for as long as the pipe is accelerated: "tiny" (the base's AutoencoderTiny: faster by far,
+            a little less detail), "fp16-fix" (SDXL's, which half precision does not overflow), a repository, a
+            folder, or a module.
+        compile: compile the UNet in place: "regional" (also True; its transformer blocks, soon done) or "whole". With
+            merged LoRAs `set_styles` needs no new compilation.
+        cache_prompts: how many prompts' embeddings to remember; 0 for none.
         revision, cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
 
     Returns:
@@ -196,26 +226,29 @@ def accelerate(
         styles=tuple((name, _style(source)) for name, source in (styles or {}).items()),
         fuse=fuse,
         keep=keep,
+        compile=compile,
         hub=tuple(hub.items()),
     )
-    _check(request)
     policy = calls.Policy(steps=steps, guidance=guidance, strict=strict)
     policy.check()
+    asked = _Shell(policy, vae, cache_prompts)
+    _check(request, asked)
     with _lock:
-        if _already(pipe, request, policy):
+        if _already(pipe, request, asked):
             return pipe
         with _Undo() as undo:
             record = _record_of(pipe)
             if record is None:
                 made = plan.make(pipe, request)
+                new_vae = decoders.load(pipe, made.base, vae, hub)
                 record, scheduler = _new_record(made, request), made.scheduler
+                undo.push(_own_up, unet_of(pipe), record.originals)
                 undo.push(record.undo.run)
                 _apply_to_unet(unet_of(pipe), record)
             else:  # a sibling made the shared UNet fast already
+                new_vae = decoders.load(pipe, record.base, vae, hub)
                 scheduler = plan.lcm_scheduler(pipe, record.base)
-            _apply_to_pipe(pipe, scheduler, policy, record, undo)
-        if keep is None:  # until here a failure could still be undone
-            record.originals.forget()
+            _apply_to_pipe(pipe, scheduler, new_vae, asked, record, undo)
     return pipe
 
 
@@ -236,19 +269,25 @@ def _forget(thing: Any) -> None:
     thing.__dict__.pop(_RECORD, None)
 
 
-def _check(request: Request) -> None:
+def _check(request: Request, asked: _Shell) -> None:
     if request.fuse not in ("auto", True, False):
         raise PipelineError(f"fuse={request.fuse!r}: 'auto', True or False is expected.")
     if request.keep not in ("memory", "disk", None):
         raise PipelineError(f"keep={request.keep!r}: 'memory', 'disk' or None is expected.")
+    if request.compile not in (True, False, "regional", "whole"):
+        raise PipelineError(f"compile={request.compile!r}: False, True, 'regional' or 'whole' is expected.")
+    if isinstance(asked.cache_prompts, bool) or not isinstance(asked.cache_prompts, int) or asked.cache_prompts < 0:
+        raise PipelineError(f"cache_prompts={asked.cache_prompts!r}: a number of prompts is expected, 0 for none.")
     if request.weight is not None:
         plan.check_weight("the LCM-LoRA", request.weight)
     for name, style in request.styles:
         plan.check_weight(f"style {name!r}", style.weight)
 
 
-def _already(pipe: Any, request: Request, policy: calls.Policy) -> bool:
+def _already(pipe: Any, request: Request, asked: _Shell) -> bool:
     """Whether this very acceleration is in place; another one is an error."""
+    if getattr(unet_of(pipe), _SPOILED, False):
+        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {_LOST}")
     record = _record_of(pipe)
     if record is None:
         return False
@@ -259,9 +298,9 @@ def _already(pipe: Any, request: Request, policy: calls.Policy) -> bool:
             "lcmlora.restore(pipe) makes way for everything else."
         )
     mine = _pipe_record_of(pipe)
-    if mine is not None and mine.policy != policy:
+    if mine is not None and mine.asked != asked:
         raise PipelineError(
-            "this pipe is accelerated with other steps or guidance already; lcmlora.restore(pipe) first."
+            "this pipe is accelerated with other steps, guidance, vae or cache already; lcmlora.restore(pipe) first."
         )
     return mine is not None
 
@@ -282,11 +321,24 @@ def _new_record(made: plan.Plan, request: Request) -> _UnetRecord:
     )
 
 
+def _own_up(unet: Any, originals: merge.Originals) -> None:
+    """Where a failure could not be undone, because nothing was kept, say so, and let nobody go on with the rest."""
+    if originals.lost:
+        unet.__dict__[_SPOILED] = True
+        warnings.warn(f"accelerate(keep=None) was stopped in the middle: {_LOST}", LcmLoraWarning, stacklevel=2)
+
+
 def _apply_to_unet(unet: Any, record: _UnetRecord) -> None:
     record.undo.push(_forget, unet)  # the last to run: a restore that is interrupted can be called again
     record.undo.push(record.originals.forget)
+    if record.request.keep is None:  # all that can be found before the first change, as there is no way back from it
+        for part in record.parts.values():
+            merge.check_finite(part.loras if part.merged else {})
     for part in record.parts.values():
         _change(part, {}, record.weights, record.originals, record.undo)
+    for module in compiling.regions(unet, record.request.compile):
+        record.undo.push(compiling.undo, module)
+        module.compile()
     unet.__dict__[_RECORD] = record
 
 
@@ -314,17 +366,23 @@ def _push_return(part: Part, originals: merge.Originals, undo: _Undo) -> None:
         undo.push(merge.merge, layers(part.module), {}, {}, originals)
 
 
-def _apply_to_pipe(pipe: Any, scheduler: Any, policy: calls.Policy, record: _UnetRecord, undo: _Undo) -> None:
+def _apply_to_pipe(
+    pipe: Any, scheduler: Any, vae: nn.Module | None, asked: _Shell, record: _UnetRecord, undo: _Undo
+) -> None:
     # A sibling made from an accelerated pipe has our scheduler: restore gives it the one that ours stands for.
     before = next((theirs for ours, theirs in record.schedulers if ours is pipe.scheduler), pipe.scheduler)
-    mine = _PipeRecord(policy, _Undo())
+    mine = _PipeRecord(asked, _Undo())
     mine.undo.push(_forget, pipe)
     mine.undo.push(setattr, pipe, "scheduler", before)
     mine.undo.push(setattr, pipe, "__class__", type(pipe))
     undo.push(setattr, pipe, "scheduler", pipe.scheduler)
     pipe.scheduler = scheduler
     undo.push(setattr, pipe, "__class__", type(pipe))
-    calls.install(pipe, policy)
+    calls.install(pipe, asked.policy, PromptCache(asked.cache_prompts) if asked.cache_prompts else None)
+    if vae is not None:
+        mine.undo.push(setattr, pipe, "vae", pipe.vae)
+        undo.push(setattr, pipe, "vae", pipe.vae)
+        pipe.vae = vae
     undo.push(_forget, pipe)
     pipe.__dict__[_RECORD] = mine
     record.schedulers.append((scheduler, before))

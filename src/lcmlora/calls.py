@@ -206,8 +206,9 @@ def caller_depth() -> int:
     return depth
 
 
-def install(pipe: Any, policy: Policy) -> None:
-    """Let this one pipe's calls go through the policy. Giving it back its class undoes it.
+def install(pipe: Any, policy: Policy, cache: Any = None) -> None:
+    """Let this one pipe's calls go through the policy, and its prompts through a `PromptCache`, where there is one.
+    Giving it back its class undoes it.
 
     `__call__` is looked up on the type, so the pipe gets a subclass of its own that bears the class's name:
     `isinstance`, `help`, `inspect.signature`, `save_pretrained` and `from_pipe` see no difference, and no other pipe
@@ -222,4 +223,12 @@ def install(pipe: Any, policy: Policy) -> None:
         return cls.__call__(*bound.args, **bound.kwargs)
 
     names = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
-    pipe.__class__ = type(cls.__name__, (cls,), {**names, "__call__": __call__})
+    methods = {"__call__": __call__}
+    if cache is not None and hasattr(cls, "encode_prompt"):
+
+        @functools.wraps(cls.encode_prompt)
+        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return cache.encode(cls.encode_prompt, self, args, kwargs)
+
+        methods["encode_prompt"] = encode_prompt
+    pipe.__class__ = type(cls.__name__, (cls,), {**names, **methods})

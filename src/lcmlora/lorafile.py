@@ -442,7 +442,7 @@ def load(path: Path, pair: Pair, file: Any = None) -> tuple[torch.Tensor, torch.
         with safe_open(path, "pt") as opened:
             return load(path, pair, opened)
     up, down = (file.get_tensor(key).flatten(1).float() for key in (pair.up, pair.down))
-    if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+    if not all(torch.isfinite(extreme) for half in (up, down) for extreme in half.aminmax()):  # NaN is both
         raise LoraFileError(f"{path}: {pair.up} or {pair.down} holds NaN or infinity; the file is damaged.")
     return up, down
 

@@ -17,6 +17,7 @@ from torch import nn
 from . import registry
 from .adapters import Adapters, tuner_layers
 from .calls import caller_depth
+from .compiling import Compile
 from .errors import BaseModelError, LcmLoraWarning, LoraFileError, LoraMismatchError, PipelineError
 from .lorafile import LoraInfo, cover, find_file, read
 from .merge import FileLora, Keep, Lora, check_room
@@ -60,6 +61,7 @@ class Request:
     fuse: Fuse
     keep: Keep
     hub: tuple[tuple[str, Any], ...]
+    compile: Compile = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,8 @@ class Base:
         beta_schedule: the noise schedule its pipelines need, where that is not the pipe's own.
         motion: whether only UNets with motion modules (AnimateDiff's) are meant. "auto" never finds such a base:
             motion modules of different training have one structure.
+        tiny_vae: repository or folder of an AutoencoderTiny for its latents, what `accelerate(vae="tiny")` takes.
+        fp16_vae: of a VAE that half precision does not overflow, what `accelerate(vae="fp16-fix")` takes.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Base:
     weight: float = 1.0
     beta_schedule: str | None = None
     motion: bool = False
+    tiny_vae: str | None = None
+    fp16_vae: str | None = None
 
     def matches(self, unet: nn.Module) -> bool:
         """Whether the UNet has this base's structure."""
@@ -62,14 +66,16 @@ class Base:
 
 _SD = (320, 640, 1280, 1280)
 _XL = (320, 640, 1280)
+_TAESD = "madebyollin/taesd"
+_XL_VAES: dict[str, Any] = {"tiny_vae": "madebyollin/taesdxl", "fp16_vae": "madebyollin/sdxl-vae-fp16-fix"}
 _POCKET = str(Path(__file__).parent / "pocket/model/lcm-lora")
 _registered: dict[str, Base] = {
     base.name: base
     for base in (
-        Base("sd15", "Stable Diffusion 1.x", 768, _SD, 278, "latent-consistency/lcm-lora-sdv1-5"),
-        Base("sdxl", "Stable Diffusion XL", 2048, _XL, 788, "latent-consistency/lcm-lora-sdxl"),
-        Base("ssd-1b", "SSD-1B", 2048, _XL, 423, "latent-consistency/lcm-lora-ssd-1b"),
-        Base("vega", "Segmind-Vega", 2048, _XL, 233, "segmind/Segmind-VegaRT", rank=128),
+        Base("sd15", "Stable Diffusion 1.x", 768, _SD, 278, "latent-consistency/lcm-lora-sdv1-5", tiny_vae=_TAESD),
+        Base("sdxl", "Stable Diffusion XL", 2048, _XL, 788, "latent-consistency/lcm-lora-sdxl", **_XL_VAES),
+        Base("ssd-1b", "SSD-1B", 2048, _XL, 423, "latent-consistency/lcm-lora-ssd-1b", **_XL_VAES),
+        Base("vega", "Segmind-Vega", 2048, _XL, 233, "segmind/Segmind-VegaRT", rank=128, **_XL_VAES),
         Base(
             "animatelcm",
             "AnimateLCM (SD 1.x)",
@@ -81,6 +87,7 @@ _registered: dict[str, Base] = {
             weight=0.8,
             beta_schedule="linear",
             motion=True,
+            tiny_vae=_TAESD,
         ),
         Base("pocket", "the embedded model", 128, (48, 80, 128), 129, _POCKET, rank=16),
     )

@@ -1,0 +1,146 @@
+"""Seconds and memory of accelerating, swapping a style and restoring, against the same with plain diffusers.
+
+    python benchmarks/merging.py [sd15 sdxl] [--repeats 5]
+
+Full UNet shapes, half precision; an LCM-LoRA (rank 64, every layer) and two styles (rank 32, the attention layers), as
+files. Plain diffusers: load, load, set_adapters, fuse_lora; to swap, unfuse, delete, load, set_adapters, fuse; to go
+back, unfuse and unload. Every figure of one shape comes from one process in which both take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lcmlora
+from lcmlora.unets import lcm_layers
+from shapes import build, in_attention, peak_memory, save, seconds, summary, write_lora
+
+
+class Plain:
+    """The recipe with diffusers alone."""
+
+    def __init__(self, pipe: Any, folder: Path) -> None:
+        self.pipe, self.folder = pipe, folder
+
+    def _load(self, name: str) -> None:
+        self.pipe.load_lora_weights(str(self.folder), weight_name=f"{name}.safetensors", adapter_name=name)
+
+    def accelerate(self) -> None:
+        self._load("lcm")
+        self._load("one")
+        self.pipe.set_adapters(["lcm", "one"], [1.0, 0.8])
+        self.pipe.fuse_lora(adapter_names=["lcm", "one"])
+
+    def swap(self) -> None:
+        self.pipe.unfuse_lora()
+        self.pipe.delete_adapters("one")
+        self._load("two")
+        self.pipe.set_adapters(["lcm", "two"], [1.0, 0.8])
+        self.pipe.fuse_lora(adapter_names=["lcm", "two"])
+
+    def restore(self) -> None:
+        self.pipe.unfuse_lora()
+        self.pipe.unload_lora_weights()
+
+
+class Ours:
+    """The same with lcmlora."""
+
+    def __init__(self, pipe: Any, folder: Path, keep: Any) -> None:
+        self.pipe, self.folder, self.keep = pipe, folder, keep
+
+    def accelerate(self) -> None:
+        styles = {"one": self.folder / "one.safetensors"}
+        lcmlora.accelerate(self.pipe, lora=self.folder / "lcm.safetensors", styles=styles, keep=self.keep)
+
+    def swap(self) -> None:
+        lcmlora.set_styles(self.pipe, {"two": self.folder / "two.safetensors"})
+
+    def restore(self) -> None:
+        lcmlora.restore(self.pipe)
+
+
+def fresh(pipe: Any) -> Any:
+    """Another pipeline around the same UNet, without a record of what was done to it."""
+    pipe.unet.__dict__.pop("_lcmlora", None)
+    return type(pipe)(**pipe.components)
+
+
+def changed(unet: torch.nn.Module, originals: dict[str, torch.Tensor]) -> float:
+    """Share of the LCM layers' weights that are not what they were; the weights are put back after it."""
+    layers, differing = lcm_layers(unet), 0
+    with torch.no_grad():
+        for name, value in originals.items():
+            differing += int((layers[name].weight != value).sum())
+            layers[name].weight.copy_(value)
+    return differing / sum(value.numel() for value in originals.values())
+
+
+def measure(shape: str, folder: Path, repeats: int) -> dict[str, Any]:
+    pipe = build(shape)
+    write_lora(pipe.unet, folder / "lcm.safetensors")
+    for seed, name in enumerate(("one", "two")):
+        write_lora(pipe.unet, folder / f"{name}.safetensors", rank=32, only=in_attention, seed=seed + 2)
+    ways: dict[str, Plain | Ours] = {
+        "diffusers": Plain(pipe, folder),
+        "memory": Ours(pipe, folder, "memory"),
+        "disk": Ours(pipe, folder, "disk"),
+    }
+    originals = {name: layer.weight.detach().clone() for name, layer in lcm_layers(pipe.unet).items()}
+    acts: tuple[Callable[[Any], None], ...] = (
+        lambda way: way.accelerate(),
+        lambda way: way.swap(),
+        lambda way: way.restore(),
+    )
+    names = ("accelerate", "swap", "restore")
+    times: dict[str, dict[str, list[float]]] = {way: {name: [] for name in names} for way in (*ways, "nothing")}
+    left, kept = {}, {}
+    for turn in range(repeats + 1):  # the first round does not count
+        for way, doer in ways.items():
+            for name, act in zip(names, acts, strict=True):
+                took = seconds(functools.partial(act, doer))
+                if turn:
+                    times[way][name].append(took)
+                if name == "accelerate" and way != "diffusers":
+                    kept[way] = lcmlora.status(pipe).kept_bytes
+            left[way] = changed(pipe.unet, originals)
+        alone = Ours(fresh(pipe), folder, None)
+        took = seconds(alone.accelerate)
+        if turn:
+            times["nothing"]["accelerate"].append(took)
+        changed(pipe.unet, originals)
+        pipe.unet.__dict__.pop("_lcmlora", None)
+    result: dict[str, Any] = {
+        way: {name: summary(t) for name, t in acts_.items() if t} for way, acts_ in times.items()
+    }
+    for way, share in left.items():
+        result[way]["changed_after_restore"] = share
+    for way, count in kept.items():
+        result[way]["kept_bytes"] = count
+    for way, doer in {**ways, "nothing": Ours(fresh(pipe), folder, None)}.items():
+        result[way]["peak_bytes"] = peak_memory(doer.accelerate) - (kept["memory"] if way == "memory" else 0)
+        if way != "nothing":
+            doer.restore()
+        changed(pipe.unet, originals)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", default=["sd15", "sdxl"])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            save(f"merging-{shape}", measure(shape, Path(folder), args.repeats))
+
+
+if __name__ == "__main__":
+    main()

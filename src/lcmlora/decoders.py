@@ -1,0 +1,77 @@
+"""Another VAE for an accelerated pipe: at four steps, decoding takes as long as the UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import BaseModelError, PipelineError
+from .registry import Base
+
+Vae = str | Path | nn.Module | None
+
+
+def load(pipe: Any, base: Base | None, vae: Vae, hub: Mapping[str, Any]) -> nn.Module | None:
+    """The VAE asked for, ready to stand in the pipe's place of it; None where none was asked for.
+
+    Args:
+        pipe: the pipeline; nothing in it is changed.
+        base: its base, which names the repositories of "tiny" and "fp16-fix".
+        vae: see `accelerate`.
+        hub: as in `huggingface_hub.hf_hub_download`; the revision is the LoRA's and does not count here.
+
+    Raises:
+        BaseModelError: the base has no VAE of that name.
+        PipelineError: the VAE is not to be had, or makes other latents than the pipe's.
+    """
+    if vae is None:
+        return None
+    if not isinstance(getattr(pipe, "vae", None), nn.Module):
+        raise PipelineError(f"vae={vae!r}: this {type(pipe).__name__} has no VAE that another could stand in for.")
+    if isinstance(vae, nn.Module):
+        made = vae
+    else:
+        made = _from_pretrained(_source(base, vae), hub)
+        # not where an off-loaded VAE waits, but where it is used: no hook will move this one
+        made.to(getattr(pipe, "_execution_device", None) or pipe.device, pipe.vae.dtype).requires_grad_(False).eval()
+    theirs, ours = _latents(pipe.vae), _latents(made)
+    if theirs != ours:
+        raise PipelineError(
+            f"vae={vae!r} makes latents of {ours[0]} channels, {ours[1]} times smaller than the picture; this pipe's "
+            f"have {theirs[0]} and are {theirs[1]} times smaller. 'tiny' finds the one that fits."
+        )
+    return made
+
+
+def _source(base: Base | None, vae: str | Path) -> str | Path:
+    if vae not in ("tiny", "fp16-fix"):
+        return vae
+    source = base and (base.tiny_vae if vae == "tiny" else base.fp16_vae)
+    if not source:
+        name = f"base {base.name!r}" if base else "a UNet of no known base"
+        raise BaseModelError(f"vae={vae!r}: {name} has none; pass a repository id, a folder or a module.")
+    return source
+
+
+def _from_pretrained(source: str | Path, hub: Mapping[str, Any]) -> nn.Module:
+    from diffusers import AutoModel
+
+    options = {key: value for key, value in hub.items() if key in ("cache_dir", "token", "local_files_only")}
+    try:
+        vae = AutoModel.from_pretrained(str(source), use_safetensors=True, **options)
+    except Exception as error:  # the hub and diffusers raise many kinds
+        raise PipelineError(
+            f"VAE {str(source)!r} could not be loaded: {str(error).splitlines()[0]} Once on line, type: "
+            f"hf download {source}; or pass vae= with a local folder."
+        ) from error
+    assert isinstance(vae, nn.Module)
+    return vae
+
+
+def _latents(vae: nn.Module) -> tuple[int | None, int]:
+    """(latent channels, how many times smaller latents are)."""
+    config: Any = vae.config
+    return config.get("latent_channels"), 2 ** (len(config.get("block_out_channels") or (0,)) - 1)

@@ -1,0 +1,63 @@
+"""Remembering what the text encoders made of a prompt: at four steps, encoding it anew is a good part of a call."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import tuner_layers
+
+ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder")
+
+
+class PromptCache:
+    """The last results of a pipeline's `encode_prompt`, each good for as long as the encoders are what they were.
+
+    Args:
+        size: how many results are kept. The one used longest ago goes first.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._results: OrderedDict[str, tuple[list[weakref.ref[Any] | None], str, Any]] = OrderedDict()
+
+    def encode(self, encode_prompt: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """`encode_prompt(pipe, *args, **kwargs)`, or what it gave the last time.
+
+        It is asked anew where a result would not tell all: with embeddings as arguments, a LoRA scale, or gradients.
+        """
+        given = dict(inspect.signature(encode_prompt).bind(pipe, *args, **kwargs).arguments)
+        del given[next(iter(given))]  # self
+        odd = any(isinstance(value, torch.Tensor) for value in given.values()) or given.get("lora_scale") is not None
+        if odd or torch.is_grad_enabled():
+            return encode_prompt(pipe, *args, **kwargs)
+        key = repr(sorted(given.items(), key=lambda item: item[0]))
+        parts = [getattr(pipe, name, None) for name in ENCODERS]
+        state = repr([_state(part) for part in parts if isinstance(part, nn.Module)])
+        if key in self._results:
+            then, state_then, result = self._results[key]
+            if state == state_then and all((r and r()) is part for r, part in zip(then, parts, strict=True)):
+                self._results.move_to_end(key)
+                return result
+        result = encode_prompt(pipe, *args, **kwargs)
+        self._results[key] = ([None if part is None else weakref.ref(part) for part in parts], state, result)
+        self._results.move_to_end(key)
+        if len(self._results) > self.size:
+            self._results.popitem(last=False)
+        return result
+
+
+def _state(encoder: nn.Module) -> Any:
+    """What changes when an encoder's weights or adapters do; no weight is read."""
+    weights = hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in encoder.parameters()))
+    tuners = [
+        (t.active_adapters, t.disable_adapters, getattr(t, "merged_adapters", None), getattr(t, "scaling", None))
+        for t in tuner_layers(encoder).values()
+    ]
+    return weights, encoder.training, tuners
