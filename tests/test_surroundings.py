@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -85,6 +86,70 @@ def test_weights_of_another_kind_are_not_merged(lcm_file):
     call(pipe)
     lcmlora.restore(pipe)
     assert_same(before, snapshot(pipe))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao's own
+def test_a_really_quantised_unet_keeps_its_weights_and_gets_adapters(lcm_file):
+    """Pitfall 24, with torchao's int8 weights: nothing is merged, everything comes back."""
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe = sd_pipe()
+    lora = lcm_file(pipe)
+    quantization.quantize_(pipe.unet, quantization.Int8WeightOnlyConfig())
+    weights = dict(pipe.unet.named_parameters())
+    expected = call(pipe)
+    with pytest.raises(lcmlora.PipelineError, match="has quantised weights"):
+        lcmlora.accelerate(pipe, lora=lora, fuse=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lcmlora.accelerate(pipe, lora=lora)
+    assert lcmlora.status(pipe).adapters == {"lcmlora_lcm": 1.0}
+    assert (call(pipe) != expected).any()
+    lcmlora.restore(pipe)
+    assert all(weights[name] is p for name, p in pipe.unet.named_parameters())
+    assert (call(pipe) == expected).all()
+
+
+def ip_adapter(unet: torch.nn.Module, tokens: int = 4, image_width: int = 6) -> dict[str, dict[str, torch.Tensor]]:
+    """Random IP-Adapter weights in the layout of the published files."""
+    width = unet.config.cross_attention_dim
+    torch.manual_seed(5)
+    project = {"proj.weight": torch.randn(tokens * width, image_width), "proj.bias": torch.zeros(tokens * width)}
+    project |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    layers = [m for name, m in unet.named_modules() if name.endswith("attn2")]
+    halves = {
+        f"{2 * i + 1}.to_{kind}_ip.weight": torch.randn(layer.to_k.out_features, width)
+        for i, layer in enumerate(layers)
+        for kind in ("k", "v")
+    }
+    return {"image_proj": project, "ip_adapter": halves}
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_ip_adapter_acts_and_stays(when, fuse, lcm_file):
+    """Its processors are objects of the user's: the LoRA goes in beside them, whichever comes first."""
+    pipe = sd_pipe()
+    lora, plain = lcm_file(pipe), {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    if when == "before":
+        pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+        before = snapshot(pipe)
+    lcmlora.accelerate(pipe, lora=lora, fuse=fuse)
+    if when == "after":
+        pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    processors = pipe.unet.attn_processors
+    assert sum("IPAdapter" in type(p).__name__ for p in processors.values()) == 4
+
+    def drawn(value: float) -> torch.Tensor:
+        embeds = [torch.full((1, 1, 6), value)]
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a fox", ip_adapter_image_embeds=embeds, generator=generator, output_type="pt").images
+
+    assert not torch.equal(drawn(0.1), drawn(2.0))
+    lcmlora.restore(pipe)
+    assert all(p is processors[name] for name, p in pipe.unet.attn_processors.items())
+    if when == "before":
+        assert_same(before, snapshot(pipe))
+    assert all(torch.equal(plain[name], value) for name, value in pipe.unet.state_dict().items() if name in plain)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -170,6 +170,7 @@ def inject(module: Any, name: str, lora: FileLora) -> None:
     )
     with warnings.catch_warnings():  # that adapters stand beside each other is what is wanted
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")  # needed to merge alone
         inject_adapter_in_model(config, module, adapter_name=name)
     report = set_peft_model_state_dict(module, state, adapter_name=name)
     if report.unexpected_keys or any(f".{name}." in key for key in report.missing_keys):
