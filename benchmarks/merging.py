@@ -74,7 +74,7 @@ def fresh(pipe: Any) -> Any:
 
 
 def changed(unet: torch.nn.Module, originals: dict[str, torch.Tensor]) -> float:
-    """Share of the LCM layers' weights that are not what they were; the weights are put back after it."""
+    """Share of the LCM layers' weights that are not what they were. They are put back."""
     layers, differing = lcm_layers(unet), 0
     with torch.no_grad():
         for name, value in originals.items():
@@ -110,13 +110,15 @@ def measure(shape: str, folder: Path, repeats: int) -> dict[str, Any]:
                     times[way][name].append(took)
                 if name == "accelerate" and way != "diffusers":
                     kept[way] = lcmlora.status(pipe).kept_bytes
-            left[way] = changed(pipe.unet, originals)
+            if turn == 0:
+                left[way] = changed(pipe.unet, originals)
+        originals.clear()  # SDXL's are 5 GB, which would crowd the rounds that count
         alone = Ours(fresh(pipe), folder, None)
         took = seconds(alone.accelerate)
         if turn:
             times["nothing"]["accelerate"].append(took)
-        changed(pipe.unet, originals)
         pipe.unet.__dict__.pop("_lcmlora", None)
+        print(shape, turn, {way: {n: t[-1:] for n, t in rows.items()} for way, rows in times.items()}, flush=True)
     result: dict[str, Any] = {
         way: {name: summary(t) for name, t in acts_.items() if t} for way, acts_ in times.items()
     }
@@ -128,7 +130,6 @@ def measure(shape: str, folder: Path, repeats: int) -> dict[str, Any]:
         result[way]["peak_bytes"] = peak_memory(doer.accelerate) - (kept["memory"] if way == "memory" else 0)
         if way != "nothing":
             doer.restore()
-        changed(pipe.unet, originals)
     return result
 
 
