@@ -18,7 +18,8 @@ from conftest import assert_same, sd_pipe, snapshot, write_lora
 from lcmlora import Style
 
 WORK = {
-    str(Path(lcmlora.__file__).parent / name) for name in ("acceleration.py", "adapters.py", "merge.py", "calls.py")
+    str(Path(lcmlora.__file__).parent / f"{name}.py")
+    for name in ("acceleration", "adapters", "calls", "merge", "records", "restyling")
 }
 
 

@@ -25,7 +25,7 @@ _HOME = {
     "LoraMismatchError": "errors",
     "PipelineError": "errors",
     "Sheet": "sheets",
-    "Status": "acceleration",
+    "Status": "state",
     "Style": "plan",
     "accelerate": "acceleration",
     "accelerated": "acceleration",
@@ -35,12 +35,12 @@ _HOME = {
     "detect_base": "registry",
     "distill": "distillation",
     "inspect_lora": "lorafile",
-    "is_accelerated": "acceleration",
+    "is_accelerated": "state",
     "load_pocket": "pocket",
     "register": "registry",
     "restore": "acceleration",
-    "set_styles": "acceleration",
-    "status": "acceleration",
+    "set_styles": "restyling",
+    "status": "state",
     "sweep_guidance": "sheets",
     "sweep_steps": "sheets",
 }
@@ -48,13 +48,9 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from .acceleration import Status as Status
     from .acceleration import accelerate as accelerate
     from .acceleration import accelerated as accelerated
-    from .acceleration import is_accelerated as is_accelerated
     from .acceleration import restore as restore
-    from .acceleration import set_styles as set_styles
-    from .acceleration import status as status
     from .baking import bake as bake
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill
@@ -74,10 +70,14 @@ if TYPE_CHECKING:
     from .registry import bases as bases
     from .registry import detect_base as detect_base
     from .registry import register as register
+    from .restyling import set_styles as set_styles
     from .sheets import Sheet as Sheet
     from .sheets import compare as compare
     from .sheets import sweep_guidance as sweep_guidance
     from .sheets import sweep_steps as sweep_steps
+    from .state import Status as Status
+    from .state import is_accelerated as is_accelerated
+    from .state import status as status
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from . import __version__
-from .acceleration import is_accelerated, merged, status
+from .acceleration import merged
 from .errors import PipelineError
+from .state import is_accelerated, status
 
 RECIPE = "lcmlora.json"
 """The file in a baked folder that says what was merged, and how to call the pipe."""

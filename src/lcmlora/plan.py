@@ -45,6 +45,11 @@ class Style:
     weight: float = 0.8
     weight_name: str | None = None
 
+    @staticmethod
+    def of(source: str | Path | Style) -> Style:
+        """A source alone stands for the style at its usual weight."""
+        return source if isinstance(source, Style) else Style(source)
+
 
 Styles = Mapping[str, "str | Path | Style"]
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .acceleration import accelerated, is_accelerated, status
+from .acceleration import accelerated
 from .errors import PipelineError
+from .state import is_accelerated, status
 
 SEED = 1337
 LCM_STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
