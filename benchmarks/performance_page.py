@@ -51,6 +51,13 @@ def merging(shape: str) -> str:
         cells.append(f"{row.get('kept_bytes', 0) / MIB:.0f}")
         cells.append(f"{row['peak_bytes'] / MIB:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
+    memory, touch = result["memory"], result["fresh memory"]["touch"]
+    rest = (memory["accelerate"]["median"] - touch["median"]) / plain["accelerate"]["median"]
+    lines += [
+        "",
+        f"To hand out {memory['kept_bytes'] / MIB:.0f} MiB of fresh memory alone took this machine {spread(touch)} s; "
+        f'without that, keep="memory" takes {rest:.2f} of plain diffusers\' time to accelerate.',
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+)
 from PIL import Image
 
 import lcmlora
@@ -232,6 +237,14 @@ def test_other_values_are_refused(options, lcm_file):
     with pytest.raises(lcmlora.PipelineError, match=f"{next(iter(options))}={next(iter(options.values()))!r}"):
         lcmlora.accelerate(pipe, lora=lcm_file(pipe), **options)
     assert_same(before, snapshot(pipe))
+
+
+def test_a_pipe_that_encodes_in_its_own_way_has_no_cache(lcm_file):
+    pipe = sd_pipe()
+    lora = lcm_file(pipe)
+    odd = StableDiffusionInstructPix2PixPipeline(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(lcmlora.PipelineError, match="StableDiffusionInstructPix2PixPipeline has no encode_prompt"):
+        lcmlora.accelerate(odd, lora=lora, cache_prompts=4)
 
 
 def test_the_same_pipe_with_another_vae_says_to_restore(counted):

@@ -22,11 +22,11 @@ import json
 import random
 import subprocess
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 
 PACKAGES = {"noto": "@iconify-json/noto@1.2.9", "fluent": "@lobehub/fluent-emoji-3d@1.1.0"}
 SPRITE = 128  # side of a rendered sprite, pixels
@@ -89,7 +89,6 @@ BACKGROUNDS = {
     "brown": (120, 78, 50),
 }
 SIZES = {"small": 0.46, "": 0.70, "large": 0.94}  # share of the picture's side that the sprite takes
-UNSAID = 0.25  # share of the captions that leave the background open
 POSITIONS = {
     "": (0, 0),
     "on the left": (-1, 0),
@@ -101,7 +100,7 @@ POSITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What one caption says: keys of the four tables above. An empty background, size or position is not said."""
+    """What one picture shows. `thing`, `background`, `size` and `position` are keys of the four tables above."""
 
     thing: str
     background: str
@@ -112,7 +111,7 @@ class Scene:
     def held_out(self) -> bool:
         """Whether this pairing of thing and background is kept from every training script (one in ten, by hash)."""
         digest = hashlib.sha256(f"{self.thing}/{self.background}".encode()).digest()
-        return bool(self.background) and digest[0] % 10 == 0
+        return digest[0] % 10 == 0
 
 
 def caption(scene: Scene) -> str:
@@ -120,91 +119,26 @@ def caption(scene: Scene) -> str:
     words = f"{scene.size} {THINGS[scene.thing]}".strip()
     article = "an" if words[0] in "aeiou" and not words.startswith("uni") else "a"
     place = f", {scene.position}" if scene.position else ""
-    if not scene.background:
-        return f"{article} {words}{place}"
     ground = "an" if scene.background[0] in "aeiou" else "a"
     return f"{article} {words} on {ground} {scene.background} background{place}"
 
 
-def draw_scene(rng: random.Random, things: Sequence[str] = TAUGHT, unsaid: float = 0.0) -> Scene:
-    """A scene drawn at random, its background left unsaid in a share `unsaid` of them.
-
-    A large thing fills the picture, so it has no place.
-    """
+def draw_scene(rng: random.Random, things: Sequence[str] = TAUGHT) -> Scene:
+    """A scene drawn at random. A large thing fills the picture, so it is always in the middle."""
     size = rng.choice(("small", "", "", "large"))
     position = rng.choice(list(POSITIONS)) if size != "large" and rng.random() < 0.6 else ""
-    scene = Scene(rng.choice(things), rng.choice(list(BACKGROUNDS)), size, position)
-    return dataclasses.replace(scene, background="") if unsaid and rng.random() < unsaid else scene
+    return Scene(rng.choice(things), rng.choice(list(BACKGROUNDS)), size, position)
 
 
-def training_scenes(count: int, seed: int, things: Sequence[str] = TAUGHT, unsaid: float = UNSAID) -> list[Scene]:
+def training_scenes(count: int, seed: int, things: Sequence[str] = TAUGHT) -> list[Scene]:
     """`count` scenes that are not held out."""
     rng = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
-        scene = draw_scene(rng, things, unsaid)
+        scene = draw_scene(rng, things)
         if not scene.held_out:
             scenes.append(scene)
     return scenes
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """All that a picture shows and its caption does not say: pixels, degrees, and the two shades of the ground."""
-
-    side: int
-    left: int
-    top: int
-    colour: tuple[int, ...]
-    shade: tuple[int, ...]
-    pattern: str = "plain"
-    angle: float = 0.0  # of the pattern
-    phase: float = 0.0
-    period: float = 16.0
-    tilt: float = 0.0  # of the thing
-    mirrored: bool = False
-
-
-def settled(scene: Scene, rng: random.Random, size: int = SIZE) -> Layout:
-    """One way to draw each caption, but for a little jitter: what training begins with."""
-    side = min(round(size * SIZES[scene.size] * rng.uniform(0.96, 1.04)), size)
-    room = (size - side) / 2
-    dx, dy = POSITIONS[scene.position]
-    shift = [room + room * 0.85 * d + rng.uniform(-1, 1) * min(room, size / 32) for d in (dx, dy)]
-    left, top = (round(min(max(s, 0), size - side)) for s in shift)
-    colour = tuple(min(255, max(0, c + rng.randint(-8, 8))) for c in BACKGROUNDS[scene.background])
-    return Layout(side, left, top, colour, colour)
-
-
-def varied(scene: Scene, rng: random.Random, size: int = SIZE) -> Layout:
-    """Any of the many ways to draw a caption: size, place, tilt, side shown and ground are open where it is silent.
-
-    With one picture for each caption a sampler is done after a few steps, whatever the sampler. Real captions leave
-    most of a picture open, and real models need their steps for that.
-    """
-    least, most = {"small": (0.42, 0.5), "": (0.5, 0.72 if scene.position else 0.92), "large": (0.88, 1.0)}[scene.size]
-    side = round(size * rng.uniform(least, most))
-    corner = []
-    for direction in POSITIONS[scene.position]:
-        share = rng.uniform(0, 1) if direction == 0 else 0.5 + direction * rng.uniform(0.38, 0.5)
-        corner.append(round((size - side) * share))
-    grounds = [g for g in BACKGROUNDS if not dataclasses.replace(scene, background=g).held_out]
-    ground = scene.background or rng.choice(grounds)
-    colour = tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in BACKGROUNDS[ground])
-    target = {"black": 255, "white": 0}.get(ground, rng.choice((0, 255)))
-    strength = rng.uniform(0.14, 0.3)
-    return Layout(
-        side,
-        *corner,
-        colour,
-        shade=tuple(round(c + (target - c) * strength) for c in colour),
-        pattern=rng.choice(("plain", "gradient", "horizon", "stripes", "stripes", "dots", "dots")),
-        angle=rng.uniform(0, 180),
-        phase=rng.random(),
-        period=rng.uniform(9, 20),
-        tilt=rng.uniform(-28, 28),
-        mirrored=rng.random() < 0.5,
-    )
 
 
 class Sprites:
@@ -218,43 +152,29 @@ class Sprites:
                 self.looks[look][thing] = Image.fromarray(arrays[name])
 
     def compose(
-        self, scene: Scene, look: str, rng: random.Random, layout: Callable[..., Layout] = varied, size: int = SIZE
+        self, scene: Scene, look: str = "noto", rng: random.Random | None = None, size: int = SIZE
     ) -> Image.Image:
-        """A picture of a scene, RGB, `size` x `size`; `layout` (`varied` or `settled`) decides what is not said."""
-        plan = layout(scene, rng, size)
+        """The picture of a scene, RGB, `size` x `size`. With an `rng`, colour, place and scale vary a little."""
+        rng = rng or random.Random(0)
         sprite = self.looks["fluent" if look == "fluent" else "noto"][scene.thing]
-        if plan.mirrored:
-            sprite = ImageOps.mirror(sprite)
-        if plan.tilt:
-            sprite = sprite.rotate(plan.tilt, Image.Resampling.BICUBIC)
-        sprite = sprite.resize((plan.side, plan.side), Image.Resampling.LANCZOS)
-        ground = _ground(plan, size)
+        side = round(size * SIZES[scene.size] * rng.uniform(0.96, 1.04))
+        side = min(side, size)
+        sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
+        room = (size - side) / 2
+        dx, dy = POSITIONS[scene.position]
+        shift = [room + room * 0.85 * d + rng.uniform(-1, 1) * min(room, size / 32) for d in (dx, dy)]
+        left, top = (round(min(max(s, 0), size - side)) for s in shift)
+        colour = tuple(min(255, max(0, c + rng.randint(-8, 8))) for c in BACKGROUNDS[scene.background])
         if look == "chalk":
-            return _chalk(sprite, (plan.left, plan.top), ground)
-        picture = Image.fromarray(ground.round().astype(np.uint8))
-        picture.paste(sprite, (plan.left, plan.top), sprite)
+            return _chalk(sprite, (left, top), colour, size)
+        picture = Image.new("RGB", (size, size), colour)
+        picture.paste(sprite, (left, top), sprite)
         return picture
 
 
-def _ground(plan: Layout, size: int) -> np.ndarray:
-    """The background, float RGB (size, size, 3): two shades of one colour, mixed by the pattern."""
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    a = np.deg2rad(plan.angle)
-    along, across = x * np.cos(a) + y * np.sin(a), y * np.cos(a) - x * np.sin(a)
-    turns = [2 * np.pi * (d / plan.period + plan.phase) for d in (along, across)]
-    wave = {
-        "plain": lambda: np.zeros_like(x),
-        "gradient": lambda: (along - along.min()) / np.ptp(along),
-        "horizon": lambda: (y - size * (0.55 + 0.3 * plan.phase)).clip(0, 1),
-        "stripes": lambda: 0.5 + (2 * np.sin(turns[0])).clip(-0.5, 0.5),
-        "dots": lambda: (2 * (np.sin(turns[0]) * np.sin(turns[1])) - 0.3).clip(0, 1),
-    }[plan.pattern]()
-    colour, shade = (np.array(c, dtype=np.float32) for c in (plan.colour, plan.shade))
-    return colour + wave[..., None] * (shade - colour)
-
-
-def _chalk(sprite: Image.Image, corner: tuple[int, int], ground: np.ndarray) -> Image.Image:
+def _chalk(sprite: Image.Image, corner: tuple[int, int], colour: tuple[int, ...], size: int) -> Image.Image:
     """Pale outlines on a dark board that keeps a hint of the background's hue."""
+    board = tuple(round(22 + 0.26 * c) for c in colour)
     flat = Image.new("RGB", sprite.size, (128, 128, 128))
     flat.paste(sprite, (0, 0), sprite)
     pixels = np.asarray(flat.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32)
@@ -264,7 +184,8 @@ def _chalk(sprite: Image.Image, corner: tuple[int, int], ground: np.ndarray) -> 
     stroke = np.clip((gradient / 55) + (rim / 90), 0, 1) ** 0.8
     tint = 0.65 * 245 + 0.35 * pixels  # chalk with some of the drawing's own colour
     body = np.clip(alpha / 255, 0, 1)[..., None] * 0.18
-    canvas = 22 + 0.26 * ground
+    canvas = np.empty((size, size, 3), dtype=np.float32)
+    canvas[:] = board
     left, top = corner
     height, width = stroke.shape
     part = canvas[top : top + height, left : left + width]

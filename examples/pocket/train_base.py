@@ -1,13 +1,10 @@
 """Train the pocket model itself: UNet and text encoder together, on latents of the vector drawings.
 
-    python train_base.py --data DIR --vae DIR/vae --output DIR/base
-
-Three stages, easy to hard: every thing drawn in one settled way, the taught things so, and then as varied as captions
-leave room for. (Begun with varied pictures, a model this small takes several times as long to learn the words.)
+    python train_base.py --data DIR --vae DIR/vae --output DIR/base --steps 5000
 
 Epsilon prediction on Stable Diffusion's scaled-linear schedule, loss weighted by min-SNR (gamma 5, Hang et al. 2023),
 captions dropped one time in ten for guidance, an average of the weights (EMA) kept as the result. The rate warms up,
-stays, and falls over the last `--decay` steps of the last two stages; a checkpoint is resumed from.
+stays, and falls over the last `--decay` steps; a checkpoint is resumed from, also with a larger `--steps`.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,19 +24,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from pictures import (
-    SIZE,
-    TAUGHT,
-    THINGS,
-    UNSAID,
-    Layout,
-    Scene,
-    Sprites,
-    caption,
-    settled,
-    training_scenes,
-    varied,
-)
+from pictures import SIZE, TAUGHT, THINGS, Scene, Sprites, caption, training_scenes
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 from train_vae import to_tensor
@@ -100,15 +84,12 @@ def build_unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def encode_pictures(
-    vae: AutoencoderKL, sprites: Sprites, scenes: list[Scene], look: str, layout: Callable[..., Layout] = varied
-) -> torch.Tensor:
+def encode_pictures(vae: AutoencoderKL, sprites: Sprites, scenes: list[Scene], look: str) -> torch.Tensor:
     """Latents of the scenes' pictures, scaled, shape (scenes, 4, 16, 16)."""
     latents = []
     for first in range(0, len(scenes), 100):
         pictures = [
-            sprites.compose(s, look, random.Random(first + i), layout)
-            for i, s in enumerate(scenes[first : first + 100])
+            sprites.compose(s, look, random.Random(first + i)) for i, s in enumerate(scenes[first : first + 100])
         ]
         latents.append(vae.encode(to_tensor(pictures)).latent_dist.mode() * vae.config.scaling_factor)
     return torch.cat(latents)
@@ -227,30 +208,26 @@ def training_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_arguments(parser, steps=9000, lr=8e-4, decay=1200, pictures=50000)
+    training_arguments(parser, steps=5000, lr=8e-4, decay=1200, pictures=30000)
     parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--all-until", type=int, default=1200, help="steps on all THINGS, then on the TAUGHT ones")
-    parser.add_argument("--settled-until", type=int, default=5000, help="steps on settled pictures, then on varied")
+    parser.add_argument(
+        "--all-until", type=int, default=1200, help="steps on all THINGS; after that on the TAUGHT ones"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)
     sprites, vae = Sprites(args.data), AutoencoderKL.from_pretrained(args.vae)
-    everything, total = tuple(THINGS), args.steps
-    tokenizer = build_tokenizer([caption(s) for s in training_scenes(30000, seed=1, things=everything, unsaid=0)])
+    tokenizer = build_tokenizer([caption(s) for s in training_scenes(30000, seed=1, things=tuple(THINGS))])
     text_encoder, unet = build_text_encoder(tokenizer), build_unet().to(memory_format=torch.channels_last)
-    stages = (
-        (everything, settled, min(args.all_until, total), 0),
-        (TAUGHT, settled, min(args.settled_until, total), args.decay),
-        (TAUGHT, varied, total, args.decay),
-    )
-    for things, layout, until, decay in stages:
-        if finished(args.output) >= until:
-            continue
+    total = args.steps
+    for things, until in ((tuple(THINGS), min(args.all_until, total)), (TAUGHT, total)):
         args.steps = until
-        count, unsaid = (args.pictures, UNSAID) if layout is varied else (args.pictures * 3 // 5, 0)
-        scenes = training_scenes(count, seed=1, things=things, unsaid=unsaid)
-        latents = encode_pictures(vae, sprites, scenes, "noto", layout)
+        if finished(args.output) >= args.steps:
+            continue
+        scenes = training_scenes(args.pictures, seed=1, things=things)
+        latents = encode_pictures(vae, sprites, scenes, "noto")
         tokens, empty = tokenize(tokenizer, [caption(s) for s in scenes]), tokenize(tokenizer, [""])
+        decay = args.decay if args.steps == total else 0
         train({"unet": unet, "text_encoder": text_encoder}, latents, tokens, empty, args, decay)
 
     # As Stable Diffusion ships it, "leading" timesteps included

@@ -21,7 +21,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_arguments(parser, steps=700, lr=1.5e-3, decay=500, pictures=12000)
+    training_arguments(parser, steps=1000, lr=1.5e-3, decay=700, pictures=12000)
     parser.add_argument("--base", type=Path, required=True)
     args = parser.parse_args()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from pictures import SIZE, THINGS, Sprites, settled, training_scenes
+from pictures import SIZE, THINGS, Sprites, training_scenes
 
 LOOKS = ("noto", "noto", "noto", "fluent", "chalk")  # drawn from evenly
 
@@ -97,8 +97,8 @@ def main() -> None:
     began = time.monotonic()
     for step in range(start, args.steps):
         rng = random.Random(step)
-        scenes = training_scenes(args.batch, seed=10_000_000 + step, things=tuple(THINGS), unsaid=0)
-        x = to_tensor([sprites.compose(s, rng.choice(LOOKS), rng, settled) for s in scenes])
+        scenes = training_scenes(args.batch, seed=10_000_000 + step, things=tuple(THINGS))
+        x = to_tensor([sprites.compose(s, rng.choice(LOOKS), rng) for s in scenes])
         if step < args.crop_steps:
             top, left = rng.randrange(SIZE // 2 + 1), rng.randrange(SIZE // 2 + 1)
             x = x[..., top : top + SIZE // 2, left : left + SIZE // 2]
@@ -135,8 +135,8 @@ def main() -> None:
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
     with torch.no_grad():  # latents are scaled to unit variance, as Stable Diffusion's are
-        scenes = training_scenes(256, seed=7, things=tuple(THINGS), unsaid=0)
-        x = to_tensor([sprites.compose(s, "noto", random.Random(i), settled) for i, s in enumerate(scenes)])
+        scenes = training_scenes(256, seed=7, things=tuple(THINGS))
+        x = to_tensor([sprites.compose(s, "noto", random.Random(i)) for i, s in enumerate(scenes)])
         if not args.decoder_only:
             vae.register_to_config(scaling_factor=float(1 / vae.encode(x).latent_dist.mode().std()))
     vae.save_pretrained(args.output)

@@ -115,7 +115,7 @@ def accelerate(
     policy = calls.Policy(steps=steps, guidance=guidance, strict=strict)
     policy.check()
     asked = Shell(policy, vae, cache_prompts)
-    _check(request, asked)
+    _check(pipe, request, asked)
     with lock:
         if _already(pipe, request, asked):
             return pipe
@@ -135,7 +135,7 @@ def accelerate(
     return pipe
 
 
-def _check(request: Request, asked: Shell) -> None:
+def _check(pipe: Any, request: Request, asked: Shell) -> None:
     if request.fuse not in ("auto", True, False):
         raise PipelineError(f"fuse={request.fuse!r}: 'auto', True or False is expected.")
     if request.keep not in ("memory", "disk", None):
@@ -144,6 +144,8 @@ def _check(request: Request, asked: Shell) -> None:
         raise PipelineError(f"compile={request.compile!r}: False, True, 'regional' or 'whole' is expected.")
     if isinstance(asked.cache_prompts, bool) or not isinstance(asked.cache_prompts, int) or asked.cache_prompts < 0:
         raise PipelineError(f"cache_prompts={asked.cache_prompts!r}: a number of prompts is expected, 0 for none.")
+    if asked.cache_prompts and not hasattr(type(pipe), "encode_prompt"):
+        raise PipelineError(f"cache_prompts={asked.cache_prompts}: {type(pipe).__name__} has no encode_prompt to ask.")
     if request.weight is not None:
         plan.check_weight("the LCM-LoRA", request.weight)
     for name, style in request.styles:

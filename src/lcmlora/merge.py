@@ -118,8 +118,8 @@ class Originals:
 class _Memory:
     """Copies in host memory: an accelerator's own memory is the scarcer one.
 
-    They lie one after the other in large blocks, for which huge pages are asked of the system: of the ordinary ones,
-    SDXL's originals need more than a million, and to have them handed out took twice as long as the whole merge.
+    They lie one after the other in large blocks, for which huge pages are asked of the system: of the ordinary ones
+    SDXL's originals take more than a million, each to be asked for (4 GiB: 0.9 s with huge pages, 1.5 s without).
     """
 
     BLOCK = 256 << 20  # bytes
