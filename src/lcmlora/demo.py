@@ -109,7 +109,7 @@ def _with_style(pipe: Any) -> Sheet:
     )
     alone = sweep(pipe, PROMPTS, {"style, 50 steps": _steps(50, **base), "style, 4 steps": _steps(4, **base)})
     pipe.unload_lora_weights()
-    cells = {"style + LCM, 4 steps": _steps(4), "style + LCM, 8 steps": _steps(8)}
+    cells = {"style + LCM, 4 steps": _steps(4), "guidance 1.5": _steps(4, guidance_scale=1.5)}
     with accelerated(pipe, styles={"3d": Style(pocket.STYLE, 1.0)}):
         both = sweep(pipe, PROMPTS, cells, title="a style LoRA, with and without the LCM-LoRA")
     return dataclasses.replace(alone + both, title=both.title)
@@ -122,5 +122,5 @@ def _fine_tuned() -> Sheet:
     base = {"guidance_scale": pocket.GUIDANCE}
     alone = sweep(pipe, PROMPTS, {"fine-tune, 50 steps": _steps(50, **base), "fine-tune, 4 steps": _steps(4, **base)})
     with accelerated(pipe):
-        both = sweep(pipe, PROMPTS, {"+ LCM, 4 steps": _steps(4), "+ LCM, 8 steps": _steps(8)})
+        both = sweep(pipe, PROMPTS, {"+ LCM, 4 steps": _steps(4), "guidance 1.5": _steps(4, guidance_scale=1.5)})
     return dataclasses.replace(alone + both, title="a fine-tuned UNet under the base's LCM-LoRA, untouched")
