@@ -82,7 +82,8 @@ def whole_call() -> str:
     if result is None:
         return "Not measured yet: `python benchmarks/whole_call.py`.\n"
     lines = [
-        f"`python benchmarks/whole_call.py`: {result['machine']}; SD 1.5's shape, 512 x 512 pixels, bfloat16.",
+        f"`python benchmarks/whole_call.py`: {result['machine']}; SD 1.5's shape, "
+        f"{result['size']} x {result['size']} pixels, bfloat16.",
         "",
         "| what | s |",
         "| --- | --- |",

@@ -2,8 +2,8 @@
 
     python benchmarks/whole_call.py [--repeats 3]
 
-SD 1.5's shape with its VAE and text encoder, 512 x 512 pixels, bfloat16. The stages (text encoder, UNet at batch 1
-and 2, decoder) are timed alone, in turn with the calls. What they allow is the ratio of their sums; the rest
+SD 1.5's shape with its VAE and text encoder, 256 x 256 pixels (`--size`), bfloat16. The stages (text encoder, UNet at
+batch 1 and 2, decoder) are timed alone, in turn with the calls. What they allow is the ratio of their sums; the rest
 of a call (scheduler, wrapper, picture conversion) can only lower it.
 """
 
@@ -64,9 +64,9 @@ def pipeline() -> Any:
     return pipe
 
 
-def stages(pipe: Any) -> dict[str, Callable[[], object]]:
+def stages(pipe: Any, size: int) -> dict[str, Callable[[], object]]:
     tokens = {n: torch.ones(n, 77, dtype=torch.long) for n in (1, 2)}
-    sample = {n: torch.randn(n, 4, 64, 64, dtype=DTYPE) for n in (1, 2)}
+    sample = {n: torch.randn(n, 4, size // 8, size // 8, dtype=DTYPE) for n in (1, 2)}
     text = {n: torch.randn(n, 77, 768, dtype=DTYPE) for n in (1, 2)}
     tiny = AutoencoderTiny().to(DTYPE).eval()
 
@@ -82,14 +82,15 @@ def stages(pipe: Any) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(folder: Path, repeats: int) -> dict[str, Any]:
+def measure(folder: Path, repeats: int, size: int) -> dict[str, Any]:
     base, fast = pipeline(), pipeline()
     lora = write_lora(base.unet, folder / "lcm.safetensors")
     lcmlora.accelerate(fast, lora=lora, keep=None)
+    shape = {"height": size, "width": size}
     works = {
-        "base, 25 steps": lambda: base("a fox", num_inference_steps=25, guidance_scale=7.5),
-        "accelerated, 4 steps": lambda: fast("a fox"),
-        **stages(fast),
+        "base, 25 steps": lambda: base("a fox", num_inference_steps=25, guidance_scale=7.5, **shape),
+        "accelerated, 4 steps": lambda: fast("a fox", **shape),
+        **stages(fast, size),
     }
     times = interleaved(works, repeats)
     result = {name: summary(t) for name, t in times.items()}
@@ -98,6 +99,7 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
     fast_sum = median["text"] + 4 * median["unet, batch 1"] + median["decoder"]
     ratio = median["base, 25 steps"] / median["accelerated, 4 steps"]
     return {
+        "size": size,
         "times": result,
         "ratio": ratio,
         "ratio_of_stages": base_sum / fast_sum,
@@ -108,9 +110,10 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--size", type=int, default=256, help="pixels, both ways")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        save("whole_call", measure(Path(folder), args.repeats))
+        save("whole_call", measure(Path(folder), args.repeats, args.size))
 
 
 if __name__ == "__main__":

@@ -125,12 +125,13 @@ def make(pipe: Any, request: Request) -> Plan:
     base = _base(unet, request)
     lcm = lcm_lora(unet, base, request)
     files: dict[str, dict[str, FileLora]] = {"unet": {LCM: lcm}}
-    taken = {LCM, *Adapters(unet).names}
+    adapters = Adapters(unet)
+    taken = {LCM, *adapters.names}
     for name, style in request.styles:
         check_style_name(name, taken)
         for part, lora in style_loras(pipe, name, style, dict(request.hub)).items():
             files.setdefault(part, {})[name] = lora
-    fuse = _fuse(unet, request.fuse)
+    fuse = _fuse(unet, adapters, request.fuse)
     parts = tuple(
         part_for(pipe, name, fuse, files.get(name))
         for name in ("unet", *TEXT_ENCODERS)
@@ -368,9 +369,9 @@ def _room(part: Part, keep: Keep) -> int:
     return check_room(layers(part.module), touched, keep)
 
 
-def _fuse(unet: nn.Module, wanted: Fuse) -> bool:
+def _fuse(unet: nn.Module, adapters: Adapters, wanted: Fuse) -> bool:
     """Whether the weights can be merged. "auto" leaves adapters where they can't, True refuses."""
-    odd = _not_mergeable(unet, Adapters(unet))
+    odd = _not_mergeable(unet, adapters)
     if odd and wanted is True:
         raise PipelineError(f"fuse=True is impossible here: {odd}. fuse=False leaves PEFT adapters instead.")
     return wanted is not False and odd is None

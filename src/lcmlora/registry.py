@@ -128,7 +128,8 @@ def find_base(unet: nn.Module) -> Base | None:
     """The registered base of this structure, or None. Kolors' UNet differs from SDXL's in what it attends to alone."""
     if _unsupported(unet):
         return None
-    return next((base for base in _registered.values() if base.matches(unet) and not base.motion), None)
+    structure = signature(unet)
+    return next((b for b in _registered.values() if b.structure == structure and not b.motion), None)
 
 
 def made_for(cross_attention_dim: int | None, modules: int) -> str | None:
