@@ -167,8 +167,8 @@ Merged LoRAs cost nothing (wanted: at most 1.02, with any number of styles); PEF
 {gpu()}
 ## What was left out
 
-- `channels_last` for the UNet: three times slower in bfloat16 on two cores. On a GPU it is the user's choice; merging
-  keeps whatever memory format a weight has.
+- `channels_last` for the UNet is the user's choice: it helps some processors and harms others. Merging keeps whatever
+  memory format a weight has.
 - Nothing lossy is on by default: `vae="tiny"` changes pictures a little, so it has to be asked for.
 """
 
