@@ -15,31 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, LCMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionXLPipeline
 
 import lcmlora
-from shapes import build, empty, fill, save, summary, write_lora
+from shapes import build, build_vae, save, summary, write_lora
 
 DTYPE = torch.float16
-
-
-def vae() -> AutoencoderKL:
-    levels = 4
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=1024,
-        force_upcast=False,
-    )
 
 
 def pipeline() -> Any:
     small = build("sdxl", DTYPE)
     none = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    parts = {"vae": fill(empty(vae, DTYPE)).eval(), "unet": small.unet, "scheduler": small.scheduler}
+    parts = {
+        "vae": build_vae(DTYPE, sample_size=1024, force_upcast=False),
+        "unet": small.unet,
+        "scheduler": small.scheduler,
+    }
     pipe = StableDiffusionXLPipeline(**none, **parts, add_watermarker=False).to("cuda")
     pipe.set_progress_bar_config(disable=True)
     return pipe

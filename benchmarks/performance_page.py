@@ -23,6 +23,11 @@ def spread(row: dict[str, float]) -> str:
     return f"{row['median']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
 
 
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
 def merging(shape: str) -> str:
     result = load(f"merging-{shape}")
     if result is None:
@@ -34,10 +39,10 @@ def merging(shape: str) -> str:
         f"`python benchmarks/merging.py {shape}`: {result['machine']}; median of "
         f"{plain['accelerate']['repeats']} (least to most), taking turns.",
         "",
-        "| way | accelerate, s | share | swap a style, s | share | restore, s | share | weights changed after it "
-        "| kept, MiB | peak beyond that, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    columns = ["way", "accelerate, s", "share", "swap a style, s", "share", "restore, s", "share"]
+    columns += ["weights changed after it", "kept, MiB", "peak beyond that, MiB"]
+    rows = []
     titles = {"diffusers": "plain diffusers", "memory": 'keep="memory"', "disk": 'keep="disk"', "nothing": "keep=None"}
     for way, title in titles.items():
         row = result[way]
@@ -50,10 +55,11 @@ def merging(shape: str) -> str:
         cells.append(f"{row['changed_after_restore']:.2%}" if "changed_after_restore" in row else "")
         cells.append(f"{row.get('kept_bytes', 0) / MIB:.0f}")
         cells.append(f"{row['peak_bytes'] / MIB:.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     memory, touch = result["memory"], result["fresh memory"]["touch"]
     rest = (memory["accelerate"]["median"] - touch["median"]) / plain["accelerate"]["median"]
     lines += [
+        *table(columns, rows),
         "",
         f"To hand out {memory['kept_bytes'] / MIB:.0f} MiB of fresh memory alone took this machine {spread(touch)} s; "
         f'without that, keep="memory" takes {rest:.2f} of plain diffusers\' time to accelerate.',
@@ -69,11 +75,13 @@ def passes() -> str:
         f"`python benchmarks/passes.py`: {result['machine']}; SD 1.5's shape, 64 x 64 latents, bfloat16. The share is",
         "the median of the shares turn by turn.",
         "",
-        "| UNet | one pass, s | share of the bare one |",
-        "| --- | --- | --- |",
+        *table(
+            ["UNet", "one pass, s", "share of the bare one"],
+            [[name, spread(row), f"{row['ratio']:.3f}"] for name, row in result["passes"].items()],
+        ),
+        "",
+        f"lcmlora adds {1000 * result['seconds_added_per_call']:.2f} ms to a call (wanted: below 1).",
     ]
-    lines += [f"| {name} | {spread(row)} | {row['ratio']:.3f} |" for name, row in result["passes"].items()]
-    lines += ["", f"lcmlora adds {1000 * result['seconds_added_per_call']:.2f} ms to a call (wanted: below 1)."]
     return "\n".join(lines) + "\n"
 
 
@@ -85,9 +93,7 @@ def whole_call() -> str:
         f"`python benchmarks/whole_call.py`: {result['machine']}; SD 1.5's shape, "
         f"{result['size']} x {result['size']} pixels, bfloat16.",
         "",
-        "| what | s |",
-        "| --- | --- |",
-        *(f"| {name} | {spread(row)} |" for name, row in result["times"].items()),
+        *table(["what", "s"], [[name, spread(row)] for name, row in result["times"].items()]),
         "",
         f"{result['ratio']:.2f} times faster as a whole; the stages alone allow {result['ratio_of_stages']:.2f}: "
         f"{result['share']:.1%} of it (wanted: 92 %).",
@@ -99,15 +105,15 @@ def startup() -> str:
     result = load("startup")
     if result is None:
         return "Not measured yet: `python benchmarks/startup.py`.\n"
-    bare = result["python"]["median"]
-    lines = [f"`python benchmarks/startup.py`: {result['machine']}.", "", "| command | ms |", "| --- | --- |"]
-    for name in ("python", "import lcmlora", "lcmlora --help"):
-        lines.append(f"| {name} | {1000 * result[name]['median']:.0f} |")
-    lines += [
+    ms = {name: 1000 * result[name]["median"] for name in ("python", "import lcmlora", "lcmlora --help")}
+    lines = [
+        f"`python benchmarks/startup.py`: {result['machine']}.",
         "",
-        f"`import lcmlora` itself: {1000 * (result['import lcmlora']['median'] - bare):.0f} ms (wanted: below",
+        *table(["command", "ms"], [[name, f"{value:.0f}"] for name, value in ms.items()]),
+        "",
+        f"`import lcmlora` itself: {ms['import lcmlora'] - ms['python']:.0f} ms (wanted: below 50); "
+        "`lcmlora --help` as a whole (wanted: below 300).",
     ]
-    lines[-1] += " 50); `lcmlora --help` as a whole (wanted: below 300)."
     return "\n".join(lines) + "\n"
 
 
@@ -115,19 +121,24 @@ def gpu() -> str:
     result = load("gpu")
     if result is None:
         return "Open: no GPU was at hand. `python benchmarks/gpu.py` measures these rows.\n"
+    rows = [
+        [
+            way,
+            batch.split()[1],
+            *(f"{1000 * t:.0f}" for t in (row["call"]["median"], row["unet"], row["decoder"])),
+            f"{row['peak_bytes'] / MIB:.0f}",
+        ]
+        for way, batches in result.items()
+        if isinstance(batches, dict)
+        for batch, row in batches.items()
+    ]
     lines = [
         f"`python benchmarks/gpu.py`: {result['machine']}.",
         "",
-        "| way | batch | call, ms | UNet, ms | decoder, ms | peak, MiB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table(["way", "batch", "call, ms", "UNet, ms", "decoder, ms", "peak, MiB"], rows),
+        "",
+        f"accelerate {result['accelerate_s']:.2f} s, restore {result['restore_s']:.2f} s.",
     ]
-    for way, batches in result.items():
-        if isinstance(batches, dict):
-            for batch, row in batches.items():
-                times = (row["call"]["median"], row["unet"], row["decoder"])
-                cells = [f"{1000 * t:.0f}" for t in times] + [f"{row['peak_bytes'] / MIB:.0f}"]
-                lines.append(f"| {way} | {batch.split()[1]} | " + " | ".join(cells) + " |")
-    lines += ["", f"accelerate {result['accelerate_s']:.2f} s, restore {result['restore_s']:.2f} s."]
     return "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 
 from lcmlora.unets import lcm_layers
@@ -60,6 +66,20 @@ def empty(build: Callable[[], torch.nn.Module], dtype: torch.dtype, device: str 
     with torch.device("meta"):
         module = build()
     return module.to(dtype).to_empty(device=device)
+
+
+def build_vae(dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
+    """The VAE of both shapes, random weights."""
+    levels = 4
+    config = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        **changes,
+    }
+    return fill(empty(lambda: AutoencoderKL(**config), dtype)).eval()
 
 
 def build(shape: str, dtype: torch.dtype = torch.float16) -> Any:

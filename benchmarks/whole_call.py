@@ -16,25 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import lcmlora
-from shapes import build, empty, fill, interleaved, save, summary, write_lora
+from shapes import build, build_vae, interleaved, save, summary, write_lora
 
 DTYPE = torch.bfloat16
-
-
-def vae() -> AutoencoderKL:
-    levels = 4
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
 
 
 def pipeline() -> Any:
@@ -51,7 +39,7 @@ def pipeline() -> Any:
     text_encoder = CLIPTextModel(text_config).to(DTYPE).eval()  # buffers with values: not made empty
     small = build("sd15", DTYPE)
     pipe = StableDiffusionPipeline(
-        vae=fill(empty(vae, DTYPE)).eval(),
+        vae=build_vae(DTYPE, sample_size=512),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=small.unet,

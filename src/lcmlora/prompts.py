@@ -37,7 +37,7 @@ class PromptCache:
         odd = any(isinstance(value, torch.Tensor) for value in given.values()) or given.get("lora_scale") is not None
         if odd or torch.is_grad_enabled():
             return encode_prompt(pipe, *args, **kwargs)
-        key = repr(sorted(given.items(), key=lambda item: item[0]))
+        key = repr(sorted(given.items()))
         parts = [getattr(pipe, name, None) for name in ENCODERS]
         state = repr([_state(part) for part in parts if isinstance(part, nn.Module)])
         if key in self._results:
