@@ -4,13 +4,19 @@
 
 (1) plain diffusers: LoRA as a PEFT adapter, LCMScheduler, eager; (2) lcmlora, merged; (3) and compiled; (4) and the
 tiny VAE. Random weights in half precision; prompts come as embeddings. Times of the whole call, of the UNet's four
-passes and of the decoder, peak memory, and seconds to accelerate and to restore.
+passes, of the scheduler's steps and of the decoder, peak memory, and seconds to accelerate and to restore.
+
+`--dry-run` does the same with a tiny model on the CPU and writes nothing: it shows that the script runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,80 +26,98 @@ from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionXLPipeline
 import lcmlora
 from shapes import build, build_vae, save, summary, write_lora
 
-DTYPE = torch.float16
+
+class Machine:
+    """Where to measure, and how large. Times include all that was queued on the device."""
+
+    def __init__(self, dry: bool) -> None:
+        self.device, self.dtype = ("cpu", torch.float32) if dry else ("cuda", torch.float16)
+        self.side, self.tiny = (64, True) if dry else (1024, False)
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        self.wait()
+        began = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - began
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        if self.device != "cuda":
+            work()
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+
+    def stage_seconds(self, work: Callable[[], object], stages: dict[str, tuple[Any, str]]) -> dict[str, float]:
+        """Seconds that each stage, a method of an object, took in one run of the work."""
+        took = dict.fromkeys(stages, 0.0)
+
+        def timed(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                result: list[Any] = []
+                took[name] += self.seconds(lambda: result.append(inner(*args, **kwargs)))
+                return result[0]
+
+            return call
+
+        with ExitStack() as undo:
+            for name, (owner, method) in stages.items():
+                own = vars(owner).get(method)
+                setattr(owner, method, timed(name, getattr(owner, method)))
+                # without an own one before, the class's is seen again
+                undo.callback(*((setattr, owner, method, own) if own else (delattr, owner, method)))
+            work()
+        return took
 
 
-def pipeline() -> Any:
-    small = build("sdxl", DTYPE)
+def pipeline(machine: Machine) -> Any:
+    small = build("sdxl-tiny" if machine.tiny else "sdxl", machine.dtype)
     none = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    channels = {"block_out_channels": (32, 32, 32, 32)} if machine.tiny else {}
     parts = {
-        "vae": build_vae(DTYPE, sample_size=1024, force_upcast=False),
+        "vae": build_vae(machine.dtype, sample_size=machine.side, force_upcast=False, **channels),
         "unet": small.unet,
         "scheduler": small.scheduler,
     }
-    pipe = StableDiffusionXLPipeline(**none, **parts, add_watermarker=False).to("cuda")
+    pipe = StableDiffusionXLPipeline(**none, **parts, add_watermarker=False).to(machine.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-class Clock:
-    """Seconds that a module's calls took on the GPU."""
-
-    def __init__(self, module: torch.nn.Module, method: str = "forward") -> None:
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._module, self._method, inner = module, method, getattr(module, method)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            result = inner(*args, **kwargs)
-            end.record()
-            self.events.append((start, end))
-            return result
-
-        setattr(module, method, timed)
-
-    def stop(self) -> float:
-        delattr(self._module, self._method)  # the class's own is seen again
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self.events) / 1000
-
-
-def seconds(work: Any) -> float:
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-def measure(pipe: Any, batch: int, repeats: int) -> dict[str, Any]:
-    like = {"device": "cuda", "dtype": DTYPE}
+def measure(machine: Machine, pipe: Any, batch: int, repeats: int) -> dict[str, Any]:
+    like = {"device": machine.device, "dtype": machine.dtype}
     embeddings = {
-        "prompt_embeds": torch.randn(batch, 77, 2048, **like),
+        "prompt_embeds": torch.randn(batch, 77, pipe.unet.config.cross_attention_dim, **like),
         "pooled_prompt_embeds": torch.randn(batch, 1280, **like),
     }
+    size = {"height": machine.side, "width": machine.side}
 
     def call() -> None:
-        pipe(**embeddings, num_inference_steps=4, guidance_scale=1.0, height=1024, width=1024, output_type="pt")
+        pipe(**embeddings, **size, num_inference_steps=4, guidance_scale=1.0, output_type="pt")
 
     for _ in range(3):
         call()
-    torch.cuda.reset_peak_memory_stats()
-    times = [seconds(call) for _ in range(repeats)]
-    row: dict[str, Any] = {"call": summary(times), "peak_bytes": torch.cuda.max_memory_allocated()}
-    clocks = {"unet": Clock(pipe.unet), "decoder": Clock(pipe.vae, "decode")}
-    call()
-    return row | {name: clock.stop() for name, clock in clocks.items()}
+    times = [machine.seconds(call) for _ in range(repeats)]
+    # what a compiled module is called through; another `forward` would be compiled anew
+    unet = "_compiled_call_impl" if pipe.unet._compiled_call_impl else "forward"
+    stages = {"unet": (pipe.unet, unet), "step": (pipe.scheduler, "step"), "decoder": (pipe.vae, "decode")}
+    return {
+        "call": summary(times),
+        "peak_bytes": machine.peak_bytes(call),
+        **machine.stage_seconds(call, stages),
+    }
 
 
-def ways(pipe: Any, lora: Path, batches: list[int], repeats: int) -> dict[str, Any]:
+def ways(machine: Machine, pipe: Any, lora: Path, batches: list[int], repeats: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
 
     def note(name: str) -> None:
-        result[name] = {f"batch {batch}": measure(pipe, batch, repeats) for batch in batches}
+        result[name] = {f"batch {batch}": measure(machine, pipe, batch, repeats) for batch in batches}
 
     own = pipe.scheduler
     pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
@@ -102,10 +126,10 @@ def ways(pipe: Any, lora: Path, batches: list[int], repeats: int) -> dict[str, A
     pipe.unload_lora_weights()
     pipe.scheduler = own
     for _ in range(3):  # the last counts: the first reads the file from the disk
-        there = seconds(lambda: lcmlora.accelerate(pipe, lora=lora))
-        back = seconds(lambda: lcmlora.restore(pipe))
+        there = machine.seconds(lambda: lcmlora.accelerate(pipe, lora=lora))
+        back = machine.seconds(lambda: lcmlora.restore(pipe))
     result["accelerate_s"], result["restore_s"] = there, back
-    tiny = AutoencoderTiny().to("cuda", DTYPE).eval()
+    tiny = AutoencoderTiny().to(machine.device, machine.dtype).eval()
     for name, options in {
         "merged": {},
         "merged, compiled": {"compile": "whole"},
@@ -120,13 +144,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu.py needs a CUDA device.")
-    pipe = pipeline()
+    if not (args.dry_run or torch.cuda.is_available()):
+        raise SystemExit("benchmarks/gpu.py needs a CUDA device, or --dry-run.")
+    machine = Machine(args.dry_run)
+    pipe = pipeline(machine)
     with tempfile.TemporaryDirectory() as folder:
         lora = write_lora(pipe.unet, Path(folder) / "lcm.safetensors")
-        save("gpu", ways(pipe, lora, args.batch, args.repeats))
+        result = ways(machine, pipe, lora, args.batch, args.repeats)
+    if args.dry_run:
+        print(json.dumps(result, indent=1))
+    else:
+        save("gpu", result)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def gpu() -> str:
             way,
             batch.split()[1],
             *(f"{1000 * t:.0f}" for t in (row["call"]["median"], row["unet"], row["decoder"])),
+            f"{1000 * row['step']:.1f}",
             f"{row['peak_bytes'] / MIB:.0f}",
         ]
         for way, batches in result.items()
@@ -135,7 +136,7 @@ def gpu() -> str:
     lines = [
         f"`python benchmarks/gpu.py`: {result['machine']}.",
         "",
-        *table(["way", "batch", "call, ms", "UNet, ms", "decoder, ms", "peak, MiB"], rows),
+        *table(["way", "batch", "call, ms", "UNet, ms", "decoder, ms", "steps, ms", "peak, MiB"], rows),
         "",
         f"accelerate {result['accelerate_s']:.2f} s, restore {result['restore_s']:.2f} s.",
     ]

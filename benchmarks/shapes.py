@@ -48,6 +48,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
+SHAPES["sdxl-tiny"] = {  # to see a script run
+    **SHAPES["sdxl"],
+    "sample_size": 8,
+    "cross_attention_dim": 64,
+    "attention_head_dim": [1, 2, 2],
+    "block_out_channels": [32, 64, 64],
+    "transformer_layers_per_block": [1, 1, 1],
+}
 
 
 def fill(module: torch.nn.Module) -> torch.nn.Module:
@@ -87,7 +95,7 @@ def build(shape: str, dtype: torch.dtype = torch.float16) -> Any:
     unet = fill(empty(lambda: UNet2DConditionModel(**SHAPES[shape]), dtype)).eval()
     scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear")
     none = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    if shape == "sdxl":
+    if shape.startswith("sdxl"):
         pair = dict.fromkeys(("text_encoder_2", "tokenizer_2"))
         return StableDiffusionXLPipeline(**none, **pair, unet=unet, scheduler=scheduler, add_watermarker=False)
     other = dict.fromkeys(("safety_checker", "feature_extractor"))
