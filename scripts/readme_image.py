@@ -16,7 +16,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     with lcmlora.accelerated(pipe):
         fast = lcmlora.sweep_steps(pipe, prompts, title="with the LCM-LoRA, guidance 1").image
-    title = f"without, guidance {pocket.GUIDANCE:g}"
+    title = f"without: {type(pipe.scheduler).__name__}, guidance {pocket.GUIDANCE:g}"
     slow = lcmlora.sweep_steps(
         pipe, prompts, (1, 2, 4, 8, 15, 25, 30, 50), title=title, guidance_scale=pocket.GUIDANCE
     ).image

@@ -173,8 +173,8 @@ class Sprites:
 
 
 def _chalk(sprite: Image.Image, corner: tuple[int, int], colour: tuple[int, ...], size: int) -> Image.Image:
-    """Pale outlines on a dark board that keeps a hint of the background's hue."""
-    board = tuple(round(22 + 0.26 * c) for c in colour)
+    """Pale outlines, half filled with colour, on a dark board that keeps a hint of the background's hue."""
+    board = tuple(round(20 + 0.35 * c) for c in colour)
     flat = Image.new("RGB", sprite.size, (128, 128, 128))
     flat.paste(sprite, (0, 0), sprite)
     pixels = np.asarray(flat.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32)
@@ -182,8 +182,8 @@ def _chalk(sprite: Image.Image, corner: tuple[int, int], colour: tuple[int, ...]
     alpha = np.asarray(sprite.getchannel("A").filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32)
     rim = sum(np.abs(np.gradient(alpha, axis=axis)) for axis in (0, 1))
     stroke = np.clip((gradient / 55) + (rim / 90), 0, 1) ** 0.8
-    tint = 0.65 * 245 + 0.35 * pixels  # chalk with some of the drawing's own colour
-    body = np.clip(alpha / 255, 0, 1)[..., None] * 0.18
+    tint = 0.5 * 245 + 0.5 * pixels  # chalk with some of the drawing's own colour
+    body = np.clip(alpha / 255, 0, 1)[..., None] * 0.5
     canvas = np.empty((size, size, 3), dtype=np.float32)
     canvas[:] = board
     left, top = corner

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
-    EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -230,8 +230,8 @@ def main() -> None:
         decay = args.decay if args.steps == total else 0
         train({"unet": unet, "text_encoder": text_encoder}, latents, tokens, empty, args, decay)
 
-    # As Stable Diffusion ships it, "leading" timesteps included
-    scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1)
+    # As Stable Diffusion 1.5 ships it
+    scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     StableDiffusionPipeline(
         vae,
         text_encoder,

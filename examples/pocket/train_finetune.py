@@ -16,7 +16,7 @@ from train_base import encode_pictures, encode_prompts, train, training_argument
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_arguments(parser, steps=700, lr=2e-4, decay=500, pictures=12000)
+    training_arguments(parser, steps=1100, lr=4e-4, decay=900, pictures=12000)
     parser.add_argument("--base", type=Path, required=True)
     args = parser.parse_args()
 

@@ -162,8 +162,7 @@ def _already(pipe: Any, request: Request, asked: Shell) -> bool:
     if record.request != request:
         raise PipelineError(
             "this pipe's UNet is accelerated with other settings already: lcmlora.set_styles(pipe, ...) changes "
-            "styles, "
-            "lcmlora.restore(pipe) makes way for everything else."
+            "styles, lcmlora.restore(pipe) makes way for everything else."
         )
     mine = pipe_record_of(pipe)
     if mine is not None and mine.asked != asked:

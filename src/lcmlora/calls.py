@@ -103,8 +103,7 @@ class Policy:
         if not left:
             raise CallError(
                 f"denoising_start={start!r}, denoising_end={end!r}: none of the {steps} LCM timesteps {timesteps} "
-                "lies there. "
-                "Pass more num_inference_steps, or split elsewhere."
+                "lies there. Pass more num_inference_steps, or split elsewhere."
             )
 
     def _guidance(self, given: dict[str, Any]) -> float:

@@ -77,7 +77,7 @@ def run(folder: str | Path, progress: Callable[[str], Any] = lambda text: None) 
             title=f"LCM-LoRA, 4 steps, negative prompt {NEGATIVE!r}: 1 to 2 works, 4 and 7.5 burn",
         )
     progress(f"the base restored, {BASE_STEPS[0]} to {BASE_STEPS[-1]} steps")
-    title = f"the base, restored: guidance {pocket.GUIDANCE:g}"
+    title = f"the base, restored: {type(pipe.scheduler).__name__}, guidance {pocket.GUIDANCE:g}"
     sheets["3-base-steps"] = sweep_steps(pipe, PROMPTS, title=title, guidance_scale=pocket.GUIDANCE)
     progress("a style LoRA, and a fine-tuned UNet, under the same LCM-LoRA")
     sheets["4-style"] = _with_style(pipe)

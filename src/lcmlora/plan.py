@@ -186,8 +186,7 @@ def _usable_unet(pipe: Any) -> nn.Module:
     if any(getattr(module, "fused_projections", False) for module in unet.modules()):
         raise PipelineError(
             "fuse_qkv_projections() is on: LoRAs would have no effect there. Call pipe.unfuse_qkv_projections() "
-            "first, "
-            "and fuse them again after accelerate()."
+            "first, and fuse them again after accelerate()."
         )
     if Adapters(unet).merged:
         raise PipelineError(
@@ -199,8 +198,7 @@ def _usable_unet(pipe: Any) -> nn.Module:
             raise PipelineError(
                 f"the UNet's weights are off-loaded ({layer_name} is on the meta device): accelerate the pipe before "
                 "enable_sequential_cpu_offload(), or any other off-loading of single layers. "
-                "enable_model_cpu_offload() "
-                "may come before or after."
+                "enable_model_cpu_offload() may come before or after."
             )
     return unet  # type: ignore[no-any-return]
 
@@ -238,8 +236,7 @@ def _hint(pipe: Any, adapters: Mapping[str, float]) -> None:
     if signs:
         _warn(
             f"this pipe may be a few-step model already ({', '.join(signs)}): an LCM-LoRA on top of Turbo, Lightning, "
-            "Hyper "
-            "or another LCM spoils pictures."
+            "Hyper or another LCM spoils pictures."
         )
 
 
@@ -341,8 +338,7 @@ def style_loras(pipe: Any, name: str, style: Style, hub: dict[str, Any]) -> dict
             raise LoraMismatchError(
                 f"style {name!r}, {info.describe()}, does not fit this pipe's {part} (text width of the UNet "
                 f"{registry.signature(unet)[0]}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have "
-                "other "
-                f"shapes, {len(coverage.foreign)} do not exist, such as {odd[0]}."
+                f"other shapes, {len(coverage.foreign)} do not exist, such as {odd[0]}."
             )
         if coverage.pairs:
             loras[part] = FileLora(info.path, coverage.pairs)

@@ -157,6 +157,5 @@ def require_originals(record: UnetRecord, purpose: str) -> None:
     if record.request.keep is None and any(part.merged for part in record.parts.values()):
         raise PipelineError(
             f"the LoRAs were merged with keep=None, so the originals are gone and lcmlora can't {purpose}: load the "
-            "pipe "
-            "anew with from_pretrained. accelerate(pipe, keep='memory') or keep='disk' makes it possible."
+            "pipe anew with from_pretrained. accelerate(pipe, keep='memory') or keep='disk' makes it possible."
         )
