@@ -32,10 +32,10 @@ class Machine:
 
     def __init__(self, dry: bool) -> None:
         self.device, self.dtype = ("cpu", torch.float32) if dry else ("cuda", torch.float16)
-        self.side, self.tiny = (64, True) if dry else (1024, False)
+        self.dry, self.side = dry, 64 if dry else 1024
 
     def wait(self) -> None:
-        if self.device == "cuda":
+        if not self.dry:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], object]) -> float:
@@ -46,7 +46,7 @@ class Machine:
         return time.perf_counter() - began
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
-        if self.device != "cuda":
+        if self.dry:
             work()
             return 0
         torch.cuda.reset_peak_memory_stats()
@@ -76,9 +76,9 @@ class Machine:
 
 
 def pipeline(machine: Machine) -> Any:
-    small = build("sdxl-tiny" if machine.tiny else "sdxl", machine.dtype)
+    small = build("sdxl-tiny" if machine.dry else "sdxl", machine.dtype)
     none = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    channels = {"block_out_channels": (32, 32, 32, 32)} if machine.tiny else {}
+    channels = {"block_out_channels": (32, 32, 32, 32)} if machine.dry else {}
     parts = {
         "vae": build_vae(machine.dtype, sample_size=machine.side, force_upcast=False, **channels),
         "unet": small.unet,
@@ -153,7 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lora = write_lora(pipe.unet, Path(folder) / "lcm.safetensors")
         result = ways(machine, pipe, lora, args.batch, args.repeats)
-    if args.dry_run:
+    if machine.dry:
         print(json.dumps(result, indent=1))
     else:
         save("gpu", result)

@@ -17,7 +17,8 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -189,27 +190,32 @@ def schedulers(pipe: Any) -> dict[str, Any]:
     }
 
 
-def base_rows(pipe: Any, run: Callable[..., None], guidance: float) -> None:
+@contextmanager
+def under(pipe: Any, name: str) -> Iterator[None]:
+    """The pipe with one of the `schedulers`, for the length of a block."""
     own = pipe.scheduler
-    for name, scheduler in schedulers(pipe).items():
-        pipe.scheduler = scheduler
-        for steps in (50, 25, 8, 4, 2, 1):
-            run(pipe, name, steps, guidance)
-        if name == "Euler":
-            for steps in (50, 8, 4):
+    pipe.scheduler = schedulers(pipe)[name]
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def base_rows(pipe: Any, run: Callable[..., None], guidance: float) -> None:
+    for name in schedulers(pipe):
+        with under(pipe, name):
+            for steps in (50, 25, 8, 4, 2, 1):
+                run(pipe, name, steps, guidance)
+            for steps in (50, 8, 4) if name == "Euler" else ():
                 run(pipe, name, steps, DEFAULT_GUIDANCE)
-    pipe.scheduler = own
 
 
 def plain_rows(pipe: Any, run: Callable[..., None], guidance: float) -> None:
     """A style or a fine-tune as plain diffusers draws it."""
-    own = pipe.scheduler
-    for steps in (50, 8, 4):
-        run(pipe, OWN, steps, guidance)
-    pipe.scheduler = schedulers(pipe)["Euler"]
-    for steps in (8, 4):
-        run(pipe, "Euler", steps, guidance)
-    pipe.scheduler = own
+    for name, counts in ((OWN, (50, 8, 4)), ("Euler", (8, 4))):
+        with under(pipe, name):
+            for steps in counts:
+                run(pipe, name, steps, guidance)
 
 
 def lcm_rows(pipe: Any, run: Callable[..., None], steps: tuple[int, ...], **options: Any) -> None:
@@ -221,12 +227,11 @@ def lcm_rows(pipe: Any, run: Callable[..., None], steps: tuple[int, ...], **opti
 
 def best_guidance(pipe: Any, reader: Reader, scenes: list[Scene]) -> tuple[float, list[dict[str, float]]]:
     """The base's guidance scale with the highest accuracy at 25 steps of Euler (the lower of two equal ones)."""
-    own, rows = pipe.scheduler, []
-    pipe.scheduler = schedulers(pipe)["Euler"]
-    for guidance in (1.5, 2.5, 4.0, 6.0):
-        pictures, _ = draw(pipe, scenes, num_inference_steps=25, guidance_scale=guidance)
-        rows.append({"guidance": guidance, **accuracy(reader, pictures, scenes)})
-    pipe.scheduler = own
+    rows = []
+    with under(pipe, "Euler"):
+        for guidance in (1.5, 2.5, 4.0, 6.0):
+            pictures, _ = draw(pipe, scenes, num_inference_steps=25, guidance_scale=guidance)
+            rows.append({"guidance": guidance, **accuracy(reader, pictures, scenes)})
     best = max(rows, key=lambda row: (row["accuracy"], -row["guidance"]))
     return best["guidance"], rows
 

@@ -131,7 +131,7 @@ class _Memory:
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         size = tensor.numel() * tensor.element_size()
         if self._used + size > len(self._block):
-            self._block, self._used = fresh_memory(max(size, self.BLOCK)), 0
+            self._block, self._used = _memory(max(size, self.BLOCK)), 0
         place = self._block[self._used : self._used + size].view(tensor.dtype)
         self._used += -(-size // 64) * 64  # aligned for every dtype
         strides = torch.empty_like(tensor, device="meta").stride()  # its own, but where it has gaps
@@ -145,7 +145,7 @@ class _Memory:
         self._block = torch.empty(0, dtype=torch.uint8)
 
 
-def fresh_memory(size: int) -> torch.Tensor:
+def _memory(size: int) -> torch.Tensor:
     """Fresh host memory as bytes, on huge pages where the system has them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has it
         return torch.empty(size, dtype=torch.uint8)
