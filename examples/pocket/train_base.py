@@ -114,6 +114,16 @@ def encode_prompts(pipe: StableDiffusionPipeline, scenes: list[Scene]) -> tuple[
     return torch.cat(parts), pipe.text_encoder(tokenize(pipe.tokenizer, [""]))[0]
 
 
+def further_training(
+    args: argparse.Namespace, look: str, seed: int
+) -> tuple[StableDiffusionPipeline, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What training on from `args.base` starts with: the pipe, and a look's latents, embeddings and empty prompt."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.base)
+    scenes = training_scenes(args.pictures, seed=seed)
+    latents = encode_pictures(pipe.vae, Sprites(args.data), scenes, look)
+    return pipe, latents, *encode_prompts(pipe, scenes)
+
+
 def rate(step: int, steps: int, decay: int, peak: float, warmup: int = 150) -> float:
     """Warm up, stay, then fall linearly over the last `decay` steps."""
     falling = max(0.01, (steps - step) / decay) if decay else 1.0

@@ -9,9 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
-from pictures import Sprites, training_scenes
-from train_base import encode_pictures, encode_prompts, train, training_arguments
+from train_base import further_training, train, training_arguments
 
 
 def main() -> None:
@@ -21,10 +19,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(2)
-    pipe = StableDiffusionPipeline.from_pretrained(args.base)
-    scenes = training_scenes(args.pictures, seed=3)
-    latents = encode_pictures(pipe.vae, Sprites(args.data), scenes, "chalk")
-    prompts, empty = encode_prompts(pipe, scenes)
+    pipe, latents, prompts, empty = further_training(args, "chalk", seed=3)
     pipe.unet.to(memory_format=torch.channels_last)
     train({"unet": pipe.unet}, latents, prompts, empty, args, args.decay)
     pipe.unet.save_pretrained(args.output / "unet")

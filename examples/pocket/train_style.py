@@ -9,27 +9,22 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from pictures import Sprites, training_scenes
-from train_base import encode_pictures, encode_prompts, train, training_arguments
+from train_base import further_training, train, training_arguments
 
-RANK, ALPHA = 8, 8
+RANK, ALPHA = 16, 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_arguments(parser, steps=1000, lr=1.5e-3, decay=700, pictures=12000)
+    training_arguments(parser, steps=1600, lr=1.5e-3, decay=1200, pictures=12000)
     parser.add_argument("--base", type=Path, required=True)
     args = parser.parse_args()
 
     torch.manual_seed(1)
-    pipe = StableDiffusionPipeline.from_pretrained(args.base)
-    scenes = training_scenes(args.pictures, seed=2)
-    latents = encode_pictures(pipe.vae, Sprites(args.data), scenes, "fluent")
-    prompts, empty = encode_prompts(pipe, scenes)
+    pipe, latents, prompts, empty = further_training(args, "fluent", seed=2)
     pipe.unet.requires_grad_(False)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
     pipe.unet.add_adapter(lora, adapter_name="style")
