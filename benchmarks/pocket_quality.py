@@ -53,6 +53,7 @@ LOOKS = {"base": "noto", "style": "fluent", "chalk": "chalk"}
 QUESTIONS = {"thing": TAUGHT, "background": tuple(BACKGROUNDS), "size": tuple(SIZES), "position": tuple(POSITIONS)}
 BATCH = 64
 OWN = "PNDM"
+FEW = {OWN: (50, 8, 4), "Euler": (8, 4)}  # what a style and a fine-tune are measured at beside the LCM-LoRA
 DEFAULT_GUIDANCE = 7.5  # diffusers', where a call gives none
 
 
@@ -85,6 +86,11 @@ class Reader(nn.Module):
 
 def pixels(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
+
+
+def drawings(sprites: Sprites, scenes: list[Scene], look: str) -> torch.Tensor:
+    """The real pictures of the scenes, each with its own small variations."""
+    return pixels([sprites.compose(s, look, random.Random(i)) for i, s in enumerate(scenes)])
 
 
 def labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
@@ -161,11 +167,17 @@ def accuracy(reader: Reader, pictures: torch.Tensor, scenes: list[Scene]) -> dic
     }
 
 
-def distance(reader: Reader, one: torch.Tensor, other: torch.Tensor) -> float:
-    metric = FrechetInceptionDistance(feature=reader, input_img_size=(3, 64, 64))
-    metric.update(one, real=True)
-    metric.update(other, real=False)
-    return float(metric.compute())
+def distance_to(reader: Reader, pictures: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    """Measures the Frechet distance of others to `pictures`, whose features are taken once."""
+    metric = FrechetInceptionDistance(feature=reader, reset_real_features=False, input_img_size=(3, 64, 64))
+    metric.update(pictures, real=True)
+
+    def distance(others: torch.Tensor) -> float:
+        metric.reset()
+        metric.update(others, real=False)
+        return float(metric.compute())
+
+    return distance
 
 
 def draw(pipe: Any, scenes: list[Scene], seed: int = 0, **call: Any) -> tuple[torch.Tensor, float]:
@@ -216,24 +228,19 @@ def under(pipe: Any, name: str) -> Iterator[None]:
         pipe.scheduler = own
 
 
+def plain_rows(pipe: Any, run: Callable[..., None], guidance: float, counts: dict[str, tuple[int, ...]]) -> None:
+    """The pipe as plain diffusers draws it: the steps to take under each of the `schedulers` named."""
+    for name, steps in counts.items():
+        with under(pipe, name):
+            for count in steps:
+                run(pipe, name, count, guidance)
+
+
 def base_rows(pipe: Any, run: Callable[..., None], guidance: float, others: tuple[float, ...]) -> None:
     """The base at `guidance` under every scheduler, and at other guidances where few steps are what is asked."""
-    for name in schedulers(pipe):
-        with under(pipe, name):
-            for steps in (50, 25, 8, 4, 2, 1):
-                run(pipe, name, steps, guidance)
+    plain_rows(pipe, run, guidance, dict.fromkeys(schedulers(pipe), (50, 25, 8, 4, 2, 1)))
     for name, other in product((OWN, "Euler"), others):
-        with under(pipe, name):
-            for steps in (50, 8, 4):
-                run(pipe, name, steps, other)
-
-
-def plain_rows(pipe: Any, run: Callable[..., None], guidance: float) -> None:
-    """A style or a fine-tune as plain diffusers draws it."""
-    for name, counts in ((OWN, (50, 8, 4)), ("Euler", (8, 4))):
-        with under(pipe, name):
-            for steps in counts:
-                run(pipe, name, steps, guidance)
+        plain_rows(pipe, run, other, {name: (50, 8, 4)})
 
 
 def lcm_rows(pipe: Any, run: Callable[..., None], steps: tuple[int, ...], **options: Any) -> None:
@@ -243,13 +250,15 @@ def lcm_rows(pipe: Any, run: Callable[..., None], steps: tuple[int, ...], **opti
         run(pipe, "LCM-LoRA", 4, 1.5)
 
 
-def guidances(pipe: Any, reader: Reader, scenes: list[Scene], real: torch.Tensor) -> list[dict[str, float]]:
+def guidances(
+    pipe: Any, reader: Reader, scenes: list[Scene], distance_to_real: Callable[[torch.Tensor], float]
+) -> list[dict[str, float]]:
     """The base at 25 steps of Euler with several guidance scales."""
     rows = []
     with under(pipe, "Euler"):
         for guidance in (1.5, 2.5, 4.0, 6.0, DEFAULT_GUIDANCE):
             pictures, _ = draw(pipe, scenes, num_inference_steps=25, guidance_scale=guidance)
-            far = distance(reader, real, pictures)
+            far = distance_to_real(pictures)
             rows.append({"guidance": guidance, **accuracy(reader, pictures, scenes), "distance_to_real": far})
     return rows
 
@@ -266,14 +275,10 @@ def measure(
     reader = train_reader(sprites, data / "reader.pt", reader_steps)
     scenes = prompts(count, seed=2024)
     pipe = quiet(pocket.load_pocket())
-    real = {
-        part: pixels(
-            [sprites.compose(s, look, random.Random(i)) for i, s in enumerate(training_scenes(2000, seed=77))]
-        )
-        for part, look in LOOKS.items()
-    }
+    drawn = training_scenes(2000, seed=77)
+    distance_to_real = {part: distance_to(reader, drawings(sprites, drawn, look)) for part, look in LOOKS.items()}
     guidance = pocket.GUIDANCE
-    choice = choice or guidances(pipe, reader, scenes, real["base"])
+    choice = choice or guidances(pipe, reader, scenes, distance_to_real["base"])
     rows: list[dict[str, Any]] = []
 
     def runner(part: str, pipe: Any) -> Callable[..., None]:
@@ -282,6 +287,7 @@ def measure(
         """
         others = prompts(2 * count, seed=4048)
         reference, _ = draw(pipe, others, 500_000, num_inference_steps=50, guidance_scale=guidance)
+        distance_to_50 = distance_to(reader, reference)
         first_seconds: list[float] = []
 
         def run(pipe: Any, sampler: str, steps: int, scale: float) -> None:
@@ -294,8 +300,8 @@ def measure(
                     "steps": steps,
                     "guidance": scale,
                     **accuracy(reader, pictures, scenes),
-                    "distance_to_50": distance(reader, reference, pictures),
-                    "distance_to_real": distance(reader, real[part], pictures),
+                    "distance_to_50": distance_to_50(pictures),
+                    "distance_to_real": distance_to_real[part](pictures),
                     "unet_seconds": seconds / len(scenes),
                     "unet_time_of_50": seconds / first_seconds[0],
                 }
@@ -310,21 +316,16 @@ def measure(
         lcm_rows(pipe, run, (1, 2, 4, 8))
     pipe.load_lora_weights(pocket.STYLE, weight_name="pytorch_lora_weights.safetensors", adapter_name="3d")
     run = runner("style", pipe)
-    plain_rows(pipe, run, guidance)
+    plain_rows(pipe, run, guidance, FEW)
     pipe.unload_lora_weights()
     lcm_rows(pipe, run, (4, 8), styles={"3d": lcmlora.Style(pocket.STYLE, 1.0)})
     if style_only:
         return {"rows": rows}
     pipe = quiet(pocket.load_pocket("chalk"))
     run = runner("chalk", pipe)
-    plain_rows(pipe, run, guidance)
+    plain_rows(pipe, run, guidance, FEW)
     lcm_rows(pipe, run, (4, 8))
-    real_accuracy = {
-        part: accuracy(
-            reader, pixels([sprites.compose(s, look, random.Random(i)) for i, s in enumerate(scenes)]), scenes
-        )
-        for part, look in LOOKS.items()
-    }
+    real_accuracy = {part: accuracy(reader, drawings(sprites, scenes, look), scenes) for part, look in LOOKS.items()}
     return {
         "lcmlora": lcmlora.__version__,
         "torch": torch.__version__,
@@ -415,6 +416,7 @@ def page(result: dict[str, Any]) -> str:
         f"{row['guidance']:g}: {row['accuracy']:.1%}, {row['distance_to_real']:.0f}"
         for row in result["guidance_choice"]
     )
+    low = best(result["guidance_choice"])
     return f"""# The embedded model, measured
 
 Made by `benchmarks/pocket_quality.py` ({result["machine"]}, torch {result["torch"]}, diffusers {result["diffusers"]}).
@@ -427,11 +429,11 @@ draws in 50 steps for other prompts with other seeds (its own 50 steps in the fi
 chance), and to 2,000 drawings.
 
 The base is measured at guidance {result["guidance"]:g}, which its LCM-LoRA was distilled for; few steps also at
-diffusers' default and at the most accurate one, {best(result["guidance_choice"]):g} (25 steps of Euler, accuracy and
+diffusers' default and at the most accurate one, {low:g} (25 steps of Euler, accuracy and
 distance to real, which decides between equals: {choice}).
 
 {chr(10).join(part + chr(10) for part in parts)}
-{reading(result["rows"], result["guidance"], best(result["guidance_choice"]))}"""
+{reading(result["rows"], result["guidance"], low)}"""
 
 
 def main() -> None:
@@ -440,7 +442,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--reader-steps", type=int, default=2000)
     parser.add_argument("--style-only", action="store_true", help="measure the style's rows alone, keep the others")
-    parser.add_argument("--same-guidance", action="store_true", help="keep the base's guidance and what it came from")
+    parser.add_argument("--same-guidance", action="store_true", help="keep the figures of the base's guidances")
     parser.add_argument("--page-only", action="store_true", help="write the page anew from the figures there are")
     parser.add_argument("--reader-only", action="store_true", help="train the classifier and stop")
     args = parser.parse_args()

@@ -19,8 +19,7 @@ LCM_LORA = MODEL / "lcm-lora"
 STYLE = MODEL / "style-lora"
 """The style LoRA's folder: soft 3-D renders, for `accelerate(pipe, styles={"3d": lcmlora.pocket.STYLE})`."""
 GUIDANCE = 2.5
-"""The `guidance_scale` at which the model itself is best, when it is not accelerated (benchmarks/pocket_quality.py).
-"""
+"""The `guidance_scale` for the model when it is not accelerated: its LCM-LoRA was distilled for it (w = 1.5)."""
 
 
 def words() -> dict[str, list[str]]:
