@@ -401,7 +401,9 @@ def reading(rows: list[dict[str, Any]], guidance: float, low: float) -> str:
   steps much worse: a LoRA that fits its own base too closely serves others less.
 - What did not make Euler fail at 4 steps: 4,000 more steps of the base on pictures that vary in all that captions
   leave unsaid (size, place, tilt, mirrored or not, patterned grounds, grounds not named), which made its 50 steps
-  poorer; and latents scaled down to a half, a third, a fifth, so that a picture is settled later in the schedule.
+  poorer; latents scaled down to a half, a third, a fifth, so that a picture is settled later in the schedule; and
+  1,500 more steps in which two captions of five name no thing at all, after which 4 steps of DPM++ draw as many clear
+  things for such a caption as 25 of Euler.
 """
 
 

@@ -12,7 +12,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -79,6 +79,11 @@ class Originals:
         self.bytes = 0
         self.lost = False
 
+    def expect(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make room for those of the weights that are not kept yet, before `of` is asked for them."""
+        if self._store is not None:
+            self._store.reserve(sum(_room(each) for each in parameters if id(each) not in self._kept))
+
     def of(self, parameter: nn.Parameter) -> torch.Tensor:
         """The weight as it was, about to be changed; kept from the first time on that it is asked for."""
         if self._store is None:
@@ -116,24 +121,17 @@ class Originals:
 
 
 class _Memory:
-    """Copies in host memory: an accelerator's own memory is the scarcer one.
-
-    They lie one after the other in large blocks, for which huge pages are asked of the system: of the ordinary ones
-    SDXL's originals take more than a million, each to be asked for (4 GiB: 0.9 s with huge pages, 1.5 s without).
-    """
-
-    BLOCK = 256 << 20  # bytes
+    """Copies in host memory, one after the other: an accelerator's own memory is the scarcer one."""
 
     def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, size: int) -> None:
+        self._room = _memory(size)
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
-        size = tensor.numel() * tensor.element_size()
-        if self._used + size > len(self._block):
-            self._block, self._used = _memory(max(size, self.BLOCK)), 0
-        place = self._block[self._used : self._used + size].view(tensor.dtype)
-        self._used += -(-size // 64) * 64  # aligned for every dtype
+        place = self._room[: tensor.numel() * tensor.element_size()].view(tensor.dtype)
+        self._room = self._room[_room(tensor) :]
         strides = torch.empty_like(tensor, device="meta").stride()  # its own, but where it has gaps
         return place.as_strided(tensor.shape, strides, place.storage_offset()).copy_(tensor)
 
@@ -142,17 +140,29 @@ class _Memory:
 
     def close(self) -> None:
         """Memory goes with the last tensor in it."""
-        self._block = torch.empty(0, dtype=torch.uint8)
+        self.reserve(0)
+
+
+def _room(tensor: torch.Tensor) -> int:
+    """Bytes that a copy takes, so that the next one is aligned for every dtype."""
+    return -(-tensor.numel() * tensor.element_size() // 64) * 64
 
 
 def _memory(size: int) -> torch.Tensor:
-    """Fresh host memory as bytes, on huge pages where the system has them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has it
+    """Fresh host memory as bytes, handed out by the system before it is needed.
+
+    On huge pages, of which SDXL's originals take 2,440 and not more than a million. And touched by all threads, each
+    in its own part: while a weight is copied they would wait for the same pages (SDXL's originals, where a virtual
+    machine with two processors had to get the memory from its host: 5.5 s, 7.3 s without this).
+    """
+    if not size or not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has it
         return torch.empty(size, dtype=torch.uint8)
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel may be without them
         block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=torch.uint8)
+    room = torch.frombuffer(block, dtype=torch.uint8)
+    room[:: mmap.PAGESIZE].zero_()
+    return room
 
 
 class _Disk:
@@ -164,13 +174,16 @@ class _Disk:
         self._end = 0
         self._remove = weakref.finalize(self, _remove, self._file, self._path)
 
+    def reserve(self, size: int) -> None:
+        """The file grows as it is written; `check_room` has seen to it that it can."""
+
     def save(self, tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size]:
         raw = tensor.to("cpu").contiguous().flatten().view(torch.uint8)
         place = self._end
         self._file.seek(place)
         self._file.write(raw.numpy().data)
         self._file.flush()
-        self._end = place + -(-raw.numel() // 64) * 64  # aligned for every dtype
+        self._end = place + _room(raw)
         self._file.truncate(self._end)
         return place, tensor.dtype, tensor.shape
 
@@ -207,10 +220,13 @@ def merge(
     tiles = _Tiles()
     with ExitStack() as stack, torch.no_grad():
         halves = {name: stack.enter_context(lora.opened()) for name, lora in loras.items()}
-        for layer_name, layer in layers.items():
-            weight: Any = layer.weight
-            # sorted: the sum must not hang on the order in which styles came
-            here = sorted(name for name, lora in loras.items() if layer_name in lora.layers and weights.get(name))
+        # sorted: the sum must not hang on the order in which styles came
+        active = [(name, loras[name].layers) for name in sorted(loras) if weights.get(name)]
+        adding = {layer: [name for name, touched in active if layer in touched] for layer in layers}
+        parameters: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
+        originals.expect(parameters[name] for name, here in adding.items() if here)
+        for layer_name, here in adding.items():
+            weight = parameters[layer_name]
             if not here:
                 originals.put_back(weight)
                 continue
