@@ -97,6 +97,12 @@ def test_a_sum_that_is_not_finite_is_refused_wherever_it_is(value, row):
         merge({"x": layer}, {"a": lora}, {"a": 1.0}, Originals("memory"))
 
 
+def test_originals_without_memory_for_them_name_the_other_ways():
+    weight = nn.Parameter(torch.empty(1 << 58, device="meta"))
+    with pytest.raises(lcmlora.PipelineError, match=r"keep='memory' needs 1099511627776 MiB.*keep='disk'"):
+        Originals("memory").expect([weight])
+
+
 def test_without_originals_a_damaged_file_is_found_before_the_first_change(lcm_file):
     pipe = sd_pipe()
     before, file = snapshot(pipe), lcm_file(pipe)

@@ -80,7 +80,11 @@ class Originals:
         self.lost = False
 
     def expect(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make room for those of the weights that are not kept yet, before `of` is asked for them."""
+        """Make room for those of the weights that are not kept yet, before `of` is asked for them.
+
+        Raises:
+            PipelineError: there is not memory enough.
+        """
         if self._store is not None:
             self._store.reserve(sum(_room(each) for each in parameters if id(each) not in self._kept))
 
@@ -127,7 +131,13 @@ class _Memory:
         self._room = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size: int) -> None:
-        self._room = _memory(size)
+        try:
+            self._room = _memory(size)
+        except (OSError, RuntimeError) as error:  # mmap's, torch's
+            raise PipelineError(
+                f"keep='memory' needs {size / 2**20:.0f} MiB of memory, which the system does not give: keep='disk' "
+                "needs as much room in TMPDIR, keep=None needs none but leaves no way back."
+            ) from error
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         place = self._room[: tensor.numel() * tensor.element_size()].view(tensor.dtype)
