@@ -136,13 +136,13 @@ def measure(shape: str, folder: Path, repeats: int) -> dict[str, Any]:
                 left[way] = changed(pipe.unet, originals)
         originals.clear()  # SDXL's are 5 GB, which would crowd the rounds that count
         alone, at_hand = (Ours(fresh(pipe), folder, keep) for keep in (None, "memory"))
-        took = {"memory at hand": seconds_at_hand(at_hand)}
+        apart = {"memory at hand": seconds_at_hand(at_hand)}
         at_hand.restore()
-        took["nothing"] = seconds(alone.accelerate)
+        apart["nothing"] = seconds(alone.accelerate)
         pipe.unet.__dict__.pop("_lcmlora", None)
         if turn:
             for way in others:
-                times[way]["accelerate"].append(took[way])
+                times[way]["accelerate"].append(apart[way])
         print(shape, turn, {way: {n: t[-1:] for n, t in rows.items()} for way, rows in times.items()}, flush=True)
     result: dict[str, Any] = {
         way: {name: summary(t) for name, t in acts_.items() if t} for way, acts_ in times.items()

@@ -140,7 +140,7 @@ class _Memory:
             ) from error
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
-        place = self._room[: tensor.numel() * tensor.element_size()].view(tensor.dtype)
+        place = self._room[: tensor.nbytes].view(tensor.dtype)
         self._room = self._room[_room(tensor) :]
         strides = torch.empty_like(tensor, device="meta").stride()  # its own, but where it has gaps
         return place.as_strided(tensor.shape, strides, place.storage_offset()).copy_(tensor)
@@ -155,7 +155,7 @@ class _Memory:
 
 def _room(tensor: torch.Tensor) -> int:
     """Bytes that a copy takes, so that the next one is aligned for every dtype."""
-    return -(-tensor.numel() * tensor.element_size() // 64) * 64
+    return -(-tensor.nbytes // 64) * 64
 
 
 def _memory(size: int) -> torch.Tensor:
@@ -185,7 +185,7 @@ class _Disk:
         self._remove = weakref.finalize(self, _remove, self._file, self._path)
 
     def reserve(self, size: int) -> None:
-        """The file grows as it is written; `check_room` has seen to it that it can."""
+        """Nothing to do: the file grows as it is written."""
 
     def save(self, tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size]:
         raw = tensor.to("cpu").contiguous().flatten().view(torch.uint8)
