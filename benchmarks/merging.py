@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import lcmlora
-from lcmlora import merge
-from lcmlora.unets import lcm_layers
+from lcmlora.layers import lcm_layers
+from lcmlora.lora import merge
 from shapes import build, in_attention, peak_memory, save, seconds, summary, write_lora
 
 

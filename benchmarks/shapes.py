@@ -28,7 +28,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 
-from lcmlora.unets import lcm_layers
+from lcmlora.layers import lcm_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lcmlora.unets import lcm_layers
+from lcmlora.layers import lcm_layers
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

@@ -165,8 +165,8 @@ def test_whatever_fails_is_rolled_back(step, error, fuse, lcm_file, monkeypatch)
         return real(*args, **kwargs)
 
     if step == "load":
-        real = lcmlora.merge.load
-        monkeypatch.setattr("lcmlora.merge.load", fail)
+        real = lcmlora.lora.merge.load
+        monkeypatch.setattr("lcmlora.lora.merge.load", fail)
     elif step == "scheduler":
         monkeypatch.setattr(StableDiffusionPipeline, "__setattr__", fail)
     else:
@@ -234,7 +234,7 @@ def test_status_tells_what_is_active(lcm_file):
     status = lcmlora.status(pipe)
     assert (status.base, status.lora, status.steps, status.guidance) == ("custom", str(file), 6, 1.2)
     assert status.scheduler == "LCMScheduler"
-    merged = sum(layer.weight.nbytes for layer in lcmlora.unets.lcm_layers(pipe.unet).values())
+    merged = sum(layer.weight.nbytes for layer in lcmlora.layers.lcm_layers(pipe.unet).values())
     assert status.kept_bytes == merged
 
 

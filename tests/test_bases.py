@@ -16,8 +16,10 @@ from torch import nn
 
 import lcmlora
 from conftest import sd_pipe, tiny_unet, write_lora
-from lcmlora import lorafile, plan, registry
-from lcmlora.unets import KINDS, layers
+from lcmlora import base as registry
+from lcmlora.layers import KINDS, layers
+from lcmlora.lora import files as lorafile
+from lcmlora.transition import plan
 
 _SDXL = dict(
     sample_size=128,

@@ -17,7 +17,7 @@ from conftest import PIPES, assert_same, sd_pipe, snapshot, write_lora
 from lcmlora.distillation.data import Turns, read_folder
 from lcmlora.distillation.loop import _Run
 from lcmlora.distillation.solver import Solver, boundary_scalings, pseudo_huber
-from lcmlora.unets import lcm_layers
+from lcmlora.layers import lcm_layers
 
 CONFIG = {"rank": 4, "steps": 4, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 2, "log_every": 2}
 
@@ -220,7 +220,7 @@ def test_nan_stops_the_run_and_gives_the_pipe_back(pictures, tmp_path):
         pipe.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(lcmlora.LcmLoraError, match="the loss is nan at step 0"):
         lcmlora.distill(pipe, pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG), progress=False)
-    assert not lcmlora.adapters.tuner_layers(pipe.unet)
+    assert not lcmlora.lora.adapters.tuner_layers(pipe.unet)
 
 
 def test_the_file_says_how_it_was_made(pictures, tmp_path):

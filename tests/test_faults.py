@@ -17,9 +17,9 @@ import lcmlora
 from conftest import assert_same, sd_pipe, snapshot, write_lora
 from lcmlora import Style
 
-WORK = {
-    str(Path(lcmlora.__file__).parent / f"{name}.py")
-    for name in ("acceleration", "adapters", "calls", "merge", "records", "restyling")
+PACKAGE = Path(lcmlora.__file__).parent
+WORK = {str(PACKAGE / "acceleration.py"), str(PACKAGE / "calls.py")} | {
+    str(file) for folder in ("lora", "transition") for file in (PACKAGE / folder).glob("*.py")
 }
 
 

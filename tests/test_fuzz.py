@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 
 import lcmlora
 from conftest import assert_same, sd_pipe, snapshot, tiny_unet, write_lora
-from lcmlora.unets import KINDS, lcm_layers
+from lcmlora.layers import KINDS, lcm_layers
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
 """The tensors of a file by key: dtype, shape, bytes."""

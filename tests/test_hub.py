@@ -9,7 +9,7 @@ import pytest
 
 import lcmlora
 from conftest import sd_pipe, write_lora
-from lcmlora.lorafile import WEIGHT_NAME, find_file
+from lcmlora.lora.files import WEIGHT_NAME, find_file
 
 REPO, COMMIT = "latent-consistency/lcm-lora-sdv1-5", "a" * 40
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import lcmlora
 from conftest import PIPES, assert_same, sd_pipe, sdxl_pipe, snapshot, tiny_unet, write_lora
-from lcmlora.unets import layers, lcm_layers
+from lcmlora.layers import layers, lcm_layers
 
 Halves = dict[str, tuple[torch.Tensor, torch.Tensor]]
 Alpha = Callable[[str], torch.Tensor | None]

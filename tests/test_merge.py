@@ -12,7 +12,7 @@ from torch import nn
 
 import lcmlora
 from conftest import assert_same, sd_pipe, snapshot
-from lcmlora.merge import Originals, merge
+from lcmlora.lora.merge import Originals, merge
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ from PIL import Image
 
 import lcmlora
 from conftest import assert_same, sd_pipe, sdxl_pipe, snapshot, write_lora
-from lcmlora import registry
+from lcmlora import base as registry
 
 
 def tiny_decoder(**changes: object) -> AutoencoderTiny:

@@ -18,7 +18,7 @@ def weights(pipe) -> dict[str, torch.Tensor]:
     return {
         f"{part}.{name}": layer.weight.detach().clone()
         for part in ("unet", "text_encoder")
-        for name, layer in lcmlora.unets.layers(getattr(pipe, part)).items()
+        for name, layer in lcmlora.layers.layers(getattr(pipe, part)).items()
     }
 
 
@@ -123,7 +123,7 @@ def test_a_swap_that_fails_changes_nothing(fuse, files, monkeypatch):
     pipe = sd_pipe()
     lcmlora.accelerate(pipe, lora=files["lcm"], styles={"a": files["a"]}, fuse=fuse)
     before, status = snapshot(pipe), lcmlora.status(pipe)
-    real, seen = lcmlora.merge.load, 0
+    real, seen = lcmlora.lora.merge.load, 0
 
     def fail(*args):
         nonlocal seen
@@ -132,7 +132,7 @@ def test_a_swap_that_fails_changes_nothing(fuse, files, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr("lcmlora.merge.load", fail)
+    monkeypatch.setattr("lcmlora.lora.merge.load", fail)
     with pytest.raises(KeyboardInterrupt):
         lcmlora.set_styles(pipe, {"b": files["b"]})
     assert_same(before, snapshot(pipe))
@@ -178,7 +178,7 @@ def test_originals_on_disk_are_one_file_that_goes_with_them(files, tmp_path, mon
 
 
 def map_merged(pipe):
-    return [layer.weight for layer in lcmlora.unets.lcm_layers(pipe.unet).values()]
+    return [layer.weight for layer in lcmlora.layers.lcm_layers(pipe.unet).values()]
 
 
 def test_a_full_disk_is_told_before_anything_is_touched(files, monkeypatch):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Base": "registry",
+    "Base": "base",
     "BaseModelError": "errors",
     "CallError": "errors",
     "DataError": "errors",
@@ -21,25 +21,25 @@ _HOME = {
     "LcmLoraError": "errors",
     "LcmLoraWarning": "errors",
     "LoraFileError": "errors",
-    "LoraInfo": "lorafile",
+    "LoraInfo": "lora.files",
     "LoraMismatchError": "errors",
     "PipelineError": "errors",
     "Sheet": "sheets",
     "Status": "state",
-    "Style": "plan",
+    "Style": "transition.plan",
     "accelerate": "acceleration",
     "accelerated": "acceleration",
     "bake": "baking",
-    "bases": "registry",
+    "bases": "base",
     "compare": "sheets",
-    "detect_base": "registry",
+    "detect_base": "base",
     "distill": "distillation",
-    "inspect_lora": "lorafile",
+    "inspect_lora": "lora.files",
     "is_accelerated": "state",
     "load_pocket": "pocket",
-    "register": "registry",
+    "register": "base",
     "restore": "acceleration",
-    "set_styles": "restyling",
+    "set_styles": "transition.restyling",
     "status": "state",
     "sweep_guidance": "sheets",
     "sweep_steps": "sheets",
@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from .acceleration import accelerated as accelerated
     from .acceleration import restore as restore
     from .baking import bake as bake
+    from .base import Base as Base
+    from .base import bases as bases
+    from .base import detect_base as detect_base
+    from .base import register as register
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill
     from .errors import BaseModelError as BaseModelError
@@ -62,15 +66,9 @@ if TYPE_CHECKING:
     from .errors import LoraFileError as LoraFileError
     from .errors import LoraMismatchError as LoraMismatchError
     from .errors import PipelineError as PipelineError
-    from .lorafile import LoraInfo as LoraInfo
-    from .lorafile import inspect_lora as inspect_lora
-    from .plan import Style as Style
+    from .lora.files import LoraInfo as LoraInfo
+    from .lora.files import inspect_lora as inspect_lora
     from .pocket import load_pocket as load_pocket
-    from .registry import Base as Base
-    from .registry import bases as bases
-    from .registry import detect_base as detect_base
-    from .registry import register as register
-    from .restyling import set_styles as set_styles
     from .sheets import Sheet as Sheet
     from .sheets import compare as compare
     from .sheets import sweep_guidance as sweep_guidance
@@ -78,6 +76,8 @@ if TYPE_CHECKING:
     from .state import Status as Status
     from .state import is_accelerated as is_accelerated
     from .state import status as status
+    from .transition.plan import Style as Style
+    from .transition.restyling import set_styles as set_styles
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from . import adapters, calls, compiling, decoders, merge, plan
+from . import calls, compiling
+from . import vae as decoders
 from .compiling import Compile
 from .errors import LcmLoraWarning, PipelineError
-from .merge import Keep
-from .plan import Fuse, Request, Style, Styles
+from .layers import unet_of
+from .lora import adapters, merge
+from .lora.merge import Keep
 from .prompts import PromptCache
-from .records import (
+from .state import is_accelerated
+from .transition import plan
+from .transition.plan import Fuse, Request, Style, Styles
+from .transition.records import (
     LOST,
     RECORD,
     SPOILED,
@@ -33,8 +38,6 @@ from .records import (
     record_of,
     require_originals,
 )
-from .state import is_accelerated
-from .unets import unet_of
 
 logger = logging.getLogger(__name__)
 

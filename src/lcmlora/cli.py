@@ -54,7 +54,7 @@ def demo(folder: Path) -> None:
 @main.command(name="bases")
 def bases_command() -> None:
     """List the bases and their LCM-LoRAs."""
-    from .registry import bases
+    from .base import bases
 
     for base in bases():
         click.echo(f"{base.name:8} {base.title:22} {base.layers:4} layers   {base.lora}")
@@ -65,7 +65,7 @@ def bases_command() -> None:
 @click.option("--weight-name", help="the file's name in a repository or folder")
 def inspect(source: str, weight_name: str | None) -> None:
     """Tell what a LoRA file (or folder, or repository) holds, from its header."""
-    from .lorafile import inspect_lora
+    from .lora.files import inspect_lora
 
     info = inspect_lora(source, weight_name)
     click.echo(info.describe())

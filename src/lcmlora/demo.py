@@ -18,8 +18,8 @@ import torch
 from . import __version__, pocket
 from .acceleration import accelerated
 from .errors import LcmLoraWarning
-from .plan import Style
 from .sheets import BASE_STEPS, Sheet, sweep, sweep_guidance, sweep_steps
+from .transition.plan import Style
 
 PROMPTS = (
     "a fox on a teal background",

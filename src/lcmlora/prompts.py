@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import tuner_layers
+from .lora.adapters import tuner_layers
 
 ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder")
 

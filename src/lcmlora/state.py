@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from . import adapters
 from .errors import PipelineError
-from .plan import LCM
-from .records import pipe_record_of, record_of
-from .unets import unet_of
+from .layers import unet_of
+from .lora import adapters
+from .transition.plan import LCM
+from .transition.records import pipe_record_of, record_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from .. import __version__
 from ..acceleration import accelerated
 from ..errors import LcmLoraError
-from ..lorafile import WEIGHT_NAME
+from ..lora.files import WEIGHT_NAME
 from .config import DistillConfig
 
 ADAPTER = "lcmlora_student"

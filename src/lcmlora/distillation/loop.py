@@ -18,10 +18,10 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..adapters import Adapters, tuner_layers
 from ..errors import DataError, LcmLoraError, PipelineError
-from ..lorafile import WEIGHT_NAME
-from ..unets import KINDS, lcm_layers, unet_of
+from ..layers import KINDS, lcm_layers, unet_of
+from ..lora.adapters import Adapters, tuner_layers
+from ..lora.files import WEIGHT_NAME
 from . import export
 from .config import DistillConfig
 from .data import Pictures, Turns, collate, read_folder

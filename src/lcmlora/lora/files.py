@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .errors import LoraFileError
-from .unets import layer_shape
+from ..errors import LoraFileError
+from ..layers import layer_shape
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 """diffusers' usual name of a LoRA file."""

@@ -21,8 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .errors import LoraFileError, PipelineError
-from .lorafile import Pair, load
+from ..errors import LoraFileError, PipelineError
+from .files import Pair, load
 
 Keep = Literal["memory", "disk", None]
 Halves = tuple[float, torch.Tensor, torch.Tensor]

@@ -14,14 +14,14 @@ import torch
 from diffusers import LCMScheduler, UNet2DConditionModel, UNetMotionModel
 from torch import nn
 
-from . import registry
-from .adapters import Adapters, tuner_layers
-from .calls import caller_depth
-from .compiling import Compile
-from .errors import BaseModelError, LcmLoraWarning, LoraFileError, LoraMismatchError, PipelineError
-from .lorafile import LoraInfo, cover, find_file, read
-from .merge import FileLora, Keep, Lora, check_room
-from .unets import layers, lcm_layers, unet_of
+from .. import base as registry
+from ..calls import caller_depth
+from ..compiling import Compile
+from ..errors import BaseModelError, LcmLoraWarning, LoraFileError, LoraMismatchError, PipelineError
+from ..layers import layers, lcm_layers, unet_of
+from ..lora.adapters import Adapters, tuner_layers
+from ..lora.files import LoraInfo, cover, find_file, read
+from ..lora.merge import FileLora, Keep, Lora, check_room
 
 LCM = "lcmlora_lcm"
 """The name of our own adapter. Styles have the names they are given."""

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import adapters, merge, plan
-from .errors import PipelineError
+from ..errors import PipelineError
+from ..layers import layers
+from ..lora import adapters, merge
+from . import plan
 from .plan import LCM, Part, Style
 from .records import Pipe, Undo, UnetRecord, change, lock, pipe_record_of, push_return, record_of, require_originals
-from .unets import layers
 
 
 def set_styles(pipe: Pipe, styles: Mapping[str, float | str | Path | Style]) -> Pipe:

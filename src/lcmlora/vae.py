@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .base import Base
 from .errors import BaseModelError, PipelineError
-from .registry import Base
 
 Vae = str | Path | nn.Module | None
 

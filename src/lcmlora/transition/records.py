@@ -11,11 +11,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import adapters, calls, decoders, merge
-from .errors import PipelineError
+from .. import calls
+from .. import vae as decoders
+from ..base import Base
+from ..errors import PipelineError
+from ..layers import layers, unet_of
+from ..lora import adapters, merge
 from .plan import Part, Request
-from .registry import Base
-from .unets import layers, unet_of
 
 Pipe = TypeVar("Pipe")
 RECORD = "_lcmlora"  # the attribute that holds our record, on the UNet and on each accelerated pipe

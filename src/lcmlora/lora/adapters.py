@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
-from .errors import LoraFileError
+from ..errors import LoraFileError
+from ..layers import base_layer, layer_shape
 from .merge import FileLora, Halves
-from .unets import base_layer, layer_shape
 
 _ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .errors import BaseModelError
-from .unets import lcm_layers, unet_of
+from .layers import lcm_layers, unet_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""LoRA files, what they add to a weight, and PEFT's adapters."""
