@@ -17,7 +17,7 @@ from torch import nn
 import lcmlora
 from conftest import sd_pipe, tiny_unet, write_lora
 from lcmlora import base as registry
-from lcmlora.layers import KINDS, layers
+from lcmlora.layers import TARGET_MODULES, layers
 from lcmlora.lora import files as lorafile
 from lcmlora.transition import plan
 
@@ -90,7 +90,7 @@ def official_file(path: Path, unet: nn.Module, rank: int, alpha: float = 8.0) ->
     """A file laid out as the published LCM-LoRAs, fp16, of full size: header and alphas, and a hole for the halves."""
     shapes = {}
     for name, module in unet.named_modules():  # the kinds are named here, so that lcmlora's count has a judge
-        if name.endswith(tuple("." + kind for kind in KINDS)) and "motion_modules" not in name:
+        if name.endswith(tuple("." + kind for kind in TARGET_MODULES)) and "motion_modules" not in name:
             out, *rest = module.weight.shape
             key = "lora_unet_" + name.replace(".", "_")
             shapes[f"{key}.lora_down.weight"] = (rank, *rest)

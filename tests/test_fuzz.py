@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 
 import lcmlora
 from conftest import assert_same, sd_pipe, snapshot, tiny_unet, write_lora
-from lcmlora.layers import KINDS, lcm_layers
+from lcmlora.layers import TARGET_MODULES, lcm_layers
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
 """The tensors of a file by key: dtype, shape, bytes."""
@@ -265,7 +265,9 @@ def pipe() -> StableDiffusionPipeline:
     """The smallest that has layers of all kinds."""
     blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=2)
     made = sd_pipe(unet=tiny_unet(block_out_channels=(4, 8), **blocks))
-    assert {kind for kind in KINDS for name in lcm_layers(made.unet) if name.endswith("." + kind)} == set(KINDS)
+    assert {kind for kind in TARGET_MODULES for name in lcm_layers(made.unet) if name.endswith("." + kind)} == set(
+        TARGET_MODULES
+    )
     return made
 
 

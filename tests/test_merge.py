@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 
 import lcmlora
 from conftest import assert_same, sd_pipe, snapshot
-from lcmlora.lora.merge import Originals, merge
+from lcmlora.lora.merge import Factors, merge
+from lcmlora.lora.originals import Originals
 
 
 @dataclasses.dataclass
@@ -23,10 +25,11 @@ class Given:
     up: torch.Tensor
     down: torch.Tensor
     layers = frozenset({"x"})
+    found = MappingProxyType({})
 
     @contextmanager
     def opened(self):
-        yield lambda layer: (self.scale, self.up, self.down)
+        yield lambda layer: Factors(self.scale, self.up, self.down)
 
 
 def given(layer: nn.Module, rank: int, scale: float, seed: int) -> Given:
@@ -100,7 +103,7 @@ def test_a_sum_that_is_not_finite_is_refused_wherever_it_is(value, row):
 def test_originals_without_memory_for_them_name_the_other_ways():
     weight = nn.Parameter(torch.empty(1 << 58, device="meta"))
     with pytest.raises(lcmlora.PipelineError, match=r"keep='memory' needs 1099511627776 MiB.*keep='disk'"):
-        Originals("memory").expect([weight])
+        Originals("memory").expect({"x": weight})
 
 
 def test_without_originals_a_damaged_file_is_found_before_the_first_change(lcm_file):

@@ -75,7 +75,7 @@ def test_it_takes_the_dtype_of_the_one_it_stands_for_and_encodes_too(vae_folder,
 def test_tiny_is_the_bases_own(vae_folder, lcm_file, monkeypatch):
     pipe = sd_pipe()
     mine = lcmlora.Base("mine", "Mine", 32, (8, 16), 0, str(lcm_file(pipe)), tiny_vae=str(vae_folder))
-    mine = registry.dataclasses.replace(mine, layers=registry.signature(pipe.unet)[2])
+    mine = registry.dataclasses.replace(mine, layers=registry.structure_of(pipe.unet).layers)
     monkeypatch.setitem(registry._registered, "mine", mine)
     lcmlora.accelerate(pipe, vae="tiny")
     assert isinstance(pipe.vae, AutoencoderTiny)
@@ -247,7 +247,12 @@ def test_a_pipe_that_encodes_in_its_own_way_has_no_cache(lcm_file):
         lcmlora.accelerate(odd, lora=lora, cache_prompts=4)
 
 
-def test_the_same_pipe_with_another_vae_says_to_restore(counted):
+def test_another_vae_moves_the_pipe_without_a_merge(counted):
     pipe, _ = counted
-    with pytest.raises(lcmlora.PipelineError, match="vae or cache already"):
-        lcmlora.accelerate(pipe, lora=Path(lcmlora.status(pipe).lora), vae=tiny_decoder())
+    own, before = pipe.vae, [p._version for p in pipe.unet.parameters()]
+    decoder = tiny_decoder()
+    lcmlora.accelerate(pipe, vae=decoder)
+    assert pipe.vae is decoder
+    lcmlora.accelerate(pipe, vae=None)
+    assert pipe.vae is own
+    assert [p._version for p in pipe.unet.parameters()] == before

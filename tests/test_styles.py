@@ -149,7 +149,7 @@ def test_bad_changes_are_refused_in_words(files, tmp_path):
     before = snapshot(pipe)
     cases = [
         ({"z": 0.5}, lcmlora.PipelineError, r"no style 'z'; those that are there: \['a'\]"),
-        ({"a": files["b"]}, lcmlora.PipelineError, "'a' can't be used"),
+        ({"lcmlora_lcm": files["b"]}, lcmlora.PipelineError, "'lcmlora_lcm' can't be used"),
         ({"c": tmp_path / "none.safetensors"}, lcmlora.LoraFileError, "no file"),
         ({"a": float("inf")}, lcmlora.LoraFileError, "no number"),
         ({"lcmlora_lcm": 0.5}, lcmlora.PipelineError, "no style"),
@@ -184,7 +184,7 @@ def map_merged(pipe):
 def test_a_full_disk_is_told_before_anything_is_touched(files, monkeypatch):
     pipe = sd_pipe()
     before = snapshot(pipe)
-    monkeypatch.setattr("os.statvfs", lambda folder: type("Stat", (), {"f_bavail": 1, "f_frsize": 4096}))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 4096}))
     with pytest.raises(lcmlora.PipelineError, match="TMPDIR"):
         lcmlora.accelerate(pipe, lora=files["lcm"], keep="disk")
     assert_same(before, snapshot(pipe))

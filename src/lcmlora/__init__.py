@@ -26,7 +26,7 @@ _HOME = {
     "PipelineError": "errors",
     "Sheet": "sheets",
     "Status": "state",
-    "Style": "transition.plan",
+    "Style": "transition.target",
     "accelerate": "acceleration",
     "accelerated": "acceleration",
     "bake": "baking",
@@ -39,10 +39,12 @@ _HOME = {
     "load_pocket": "pocket",
     "register": "base",
     "restore": "acceleration",
-    "set_styles": "transition.restyling",
+    "set_styles": "acceleration",
     "status": "state",
+    "styled": "acceleration",
     "sweep_guidance": "sheets",
     "sweep_steps": "sheets",
+    "unregister": "base",
 }
 
 __all__ = sorted(_HOME)
@@ -51,11 +53,14 @@ if TYPE_CHECKING:
     from .acceleration import accelerate as accelerate
     from .acceleration import accelerated as accelerated
     from .acceleration import restore as restore
+    from .acceleration import set_styles as set_styles
+    from .acceleration import styled as styled
     from .baking import bake as bake
     from .base import Base as Base
     from .base import bases as bases
     from .base import detect_base as detect_base
     from .base import register as register
+    from .base import unregister as unregister
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill
     from .errors import BaseModelError as BaseModelError
@@ -76,8 +81,7 @@ if TYPE_CHECKING:
     from .state import Status as Status
     from .state import is_accelerated as is_accelerated
     from .state import status as status
-    from .transition.plan import Style as Style
-    from .transition.restyling import set_styles as set_styles
+    from .transition.target import Style as Style
 
 
 def __getattr__(name: str) -> Any:

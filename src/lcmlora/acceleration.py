@@ -1,98 +1,111 @@
-"""accelerate and restore: plan, then apply inside one transaction whose undo is what `restore` runs."""
+"""The verbs: accelerate, set_styles, restore, and both for the length of a block. Each is one transition."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+import dataclasses
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
-from torch import nn
-
-from . import calls, compiling
-from . import vae as decoders
+from . import calls
+from . import vae as vaes
+from .calling import HOOKS
+from .compat import uncompiled
 from .compiling import Compile
-from .errors import LcmLoraWarning, PipelineError
-from .layers import unet_of
-from .lora import adapters, merge
-from .lora.merge import Keep
+from .errors import PipelineError
+from .lora.originals import Keep
+from .lora.sources import Given, HubOptions, Source
 from .prompts import PromptCache
-from .state import is_accelerated
-from .transition import plan
-from .transition.plan import Fuse, Request, Style, Styles
+from .transition import transaction
+from .transition.plan import Plan, lcm_scheduler, make_plan
 from .transition.records import (
     LOST,
-    RECORD,
-    SPOILED,
-    Pipe,
+    Applied,
+    Content,
+    ModuleRecord,
     PipeRecord,
     Shell,
-    Undo,
-    UnetRecord,
-    change,
-    forget,
     lock,
+    module_record_of,
     pipe_record_of,
-    record_of,
-    require_originals,
+    put,
+    stands_for,
 )
+from .transition.snapshot import COMPONENTS, Component, Snapshot
+from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, with_styles
+from .transition.transaction import Undo
+from .transition.verification import check_way_back, component_of, warn_of_lost_adapters, why_not_fast
+from .warn import warn
 
-logger = logging.getLogger(__name__)
+Pipe = TypeVar("Pipe")
 
 
 def accelerate(
     pipe: Pipe,
-    base: str = "auto",
+    base: str | Unset = UNSET,
     *,
-    lora: str | Path | None = None,
+    lora: Given | Unset | None = UNSET,
     weight_name: str | None = None,
-    weight: float | None = None,
-    styles: Styles | None = None,
-    fuse: Fuse = "auto",
-    keep: Keep = "memory",
-    steps: int = 4,
-    guidance: float | None = 1.0,
-    strict: bool = False,
-    vae: decoders.Vae = None,
-    compile: Compile = False,
-    cache_prompts: int = 0,
+    subfolder: str | None = None,
     revision: str | None = None,
-    cache_dir: str | Path | None = None,
+    weight: float | Unset | None = UNSET,
+    styles: Styles | Unset | None = UNSET,
+    fuse: Fuse | Unset = UNSET,
+    keep: Keep | Unset = UNSET,
+    steps: int | Unset = UNSET,
+    guidance: float | Unset | None = UNSET,
+    strict: bool | Unset = UNSET,
+    enforce_inference_steps: bool | Unset = UNSET,
+    vae: vaes.Vae | Unset = UNSET,
+    compile: Compile | Unset = UNSET,
+    cache_prompts: int | Unset = UNSET,
+    adapter_name: str | Unset = UNSET,
+    cache_dir: Any = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Pipe:
     """Make a Stable Diffusion or SDXL pipeline need 4 to 8 steps: LCM-LoRA, `LCMScheduler` and fitting call defaults.
 
-    LoRAs that are active in the pipe already stay so, at their weights. Everything is checked before the pipe is
-    touched, and whatever fails afterwards is rolled back. The same call twice does nothing the second time.
+    It says what the pipe shall be. On a pipe that is accelerated already it moves the pipe there at the least cost:
+    other steps or guidance need no merge, other styles or weights one merge from the originals, and the same again
+    does nothing. What a call leaves out stays as it is. LoRAs that are active in the pipe already stay so, at their
+    weights, layer by layer. Everything is checked before the pipe is touched, and whatever fails afterwards is rolled
+    back.
 
     Args:
-        pipe: a diffusers pipeline with a `UNet2DConditionModel` or `UNetMotionModel`.
-        base: "auto" finds the base from the UNet's structure; a name (see `bases()`) is checked against it.
-        lora: the LCM-LoRA, where it is not the base's own: repository id, folder or safetensors file. A UNet that is
-            no known base needs it; any UNet will do whose LCM layers the file covers.
-        weight_name: the file's name inside that repository or folder, where it is not
+        pipe: a diffusers pipeline with a `UNet2DConditionModel` or `UNetMotionModel`. Its siblings that share the
+            UNet change with it, apart from their own steps, guidance, strict, vae and cache_prompts.
+        base: "auto" (the default) finds the base from the UNet's structure; a name (see `bases()`) is checked.
+        lora: the LCM-LoRA, where it is not the base's own (None, the default): repository id, folder, safetensors
+            file or dict of tensors. A UNet that is no known base needs it; any UNet will do whose LCM layers the file
+            covers.
+        weight_name, subfolder, revision: where in that repository or folder the file is, where it is not
             `pytorch_lora_weights.safetensors`.
-        weight: what the LCM-LoRA counts with; None is the base's own, 1.0 as a rule.
-        styles: name -> source or `Style`: style LoRAs to load beside it.
-        fuse: "auto" merges the LoRAs into the weights wherever those are plain floats (no cost per step), True insists
-            on it, False leaves PEFT adapters.
-        keep: where the merged layers' originals wait for `restore`: "memory" (host memory), "disk" (a temporary file,
-            in TMPDIR), or None: nothing is kept, `restore` and `set_styles` refuse, and a failure in the middle of
-            the merge (out of memory, Ctrl-C) leaves a spoiled UNet, which a warning says.
-        steps: `num_inference_steps` of calls that pass none, 1 to 50.
-        guidance: `guidance_scale` of calls that pass none. What a call passes is kept within 1 to 2, with a warning.
-            None leaves guidance alone altogether.
-        strict: raise `CallError` instead of clamping guidance.
+        weight: what the LCM-LoRA counts with; None (the default) is the base's own, 1.0 as a rule.
+        styles: name -> source or `Style`: style LoRAs to have beside it; a name alone that is known takes a weight.
+        fuse: "auto" (the default) merges the LoRAs into the weights wherever those are plain floats (no cost per
+            step), True insists on it, False leaves PEFT adapters.
+        keep: where the merged layers' originals wait for `restore`: "memory" (the default: host memory), "disk" (a
+            temporary file, in TMPDIR), "source" (weights that equal what stands in the file the model was loaded from
+            are read from there, the others wait in memory), or None: nothing is kept, `restore` and `set_styles`
+            refuse, and a failure in the middle of the merge (out of memory, Ctrl-C) leaves a spoiled UNet, which a
+            warning says.
+        steps: `num_inference_steps` of calls that pass none, 1 to 50; 4 by default.
+        guidance: `guidance_scale` of calls that pass none; 1 by default. What a call passes is kept within 1 to 2,
+            with a warning. None leaves guidance alone altogether.
+        strict: raise `CallError` where a call would otherwise be changed with a warning.
+        enforce_inference_steps: image-to-image runs the steps asked for (the default); False is diffusers' own
+            meaning, `int(num_inference_steps * strength)` of them.
         vae: another VAE for as long as the pipe is accelerated: "tiny" (the base's AutoencoderTiny: faster by far,
             a little less detail), "fp16-fix" (SDXL's, which half precision does not overflow), a repository, a
             folder, or a module.
         compile: compile the UNet in place: "regional" (also True; its transformer blocks, soon done) or "whole". With
             merged LoRAs `set_styles` needs no new compilation.
         cache_prompts: how many prompts' embeddings to remember; 0 for none.
-        revision, cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
+        adapter_name: the LCM-LoRA's name among PEFT's adapters (fuse=False), for programs that call `set_adapters`
+            themselves; "lcmlora_lcm" by default.
+        cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
 
     Returns:
         The same pipe.
@@ -100,192 +113,170 @@ def accelerate(
     Raises:
         PipelineError: this pipe or its state can't be accelerated (no UNet, fused LoRAs, quantised and fuse=True,
         ...). BaseModelError: the base is unknown, has no LCM-LoRA, or is not the one named. LoraFileError: a LoRA is
-        not there, not safetensors, damaged, or no plain LoRA. LoraMismatchError: a LoRA is made for another UNet.
+        not there, not safetensors, damaged, or no LoRA. LoraMismatchError: a LoRA is made for another UNet.
         CallError: steps or guidance are outside what works.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    request = Request(
-        base=base,
-        lora=lora,
-        weight_name=weight_name,
-        weight=weight,
-        styles=tuple((name, Style.of(source)) for name, source in (styles or {}).items()),
-        fuse=fuse,
-        keep=keep,
-        compile=compile,
-        hub=tuple(hub.items()),
+    hub = HubOptions(cache_dir, token, local_files_only)
+    source = (
+        UNSET
+        if lora is UNSET and not (weight_name or subfolder or revision)
+        else Source.of(None if lora is UNSET else lora, weight_name, subfolder, revision)
     )
-    policy = calls.Policy(steps=steps, guidance=guidance, strict=strict)
-    policy.check()
-    asked = Shell(policy, vae, cache_prompts)
-    _check(pipe, request, asked)
-    with lock:
-        if _already(pipe, request, asked):
-            return pipe
-        with Undo() as undo:
-            record = record_of(pipe)
-            if record is None:
-                made = plan.make(pipe, request)
-                new_vae = decoders.load(pipe, made.base, vae, hub)
-                record, scheduler = _new_record(made, request), made.scheduler
-                undo.push(_own_up, unet_of(pipe), record.originals)
-                undo.push(record.undo.run)
-                _apply_to_unet(unet_of(pipe), record)
-            else:  # a sibling made the shared UNet fast already
-                new_vae = decoders.load(pipe, record.base, vae, hub)
-                scheduler = plan.lcm_scheduler(pipe, record.base)
-            _apply_to_pipe(pipe, scheduler, new_vae, asked, record, undo)
+    weights = {"base": base, "lora": source, "weight": weight, "fuse": fuse, "keep": keep, "compile": compile}
+    policy = {"steps": steps, "guidance": guidance, "strict": strict}
+    policy["enforce_inference_steps"] = enforce_inference_steps
+    shell = {"vae": vae, "cache_prompts": cache_prompts}
+    with _alone(pipe):
+        now = Snapshot.of(pipe)
+        before = _target(now)
+        target = dataclasses.replace(before, hub=hub, **_said({**weights, "adapter_name": adapter_name}))
+        target.check()
+        if styles is not UNSET:
+            found: dict[str, None] = dict.fromkeys(_found(now))
+            target = with_styles(target, styles or {}, _known(now), found)
+        elif target != before:  # what somebody loaded meanwhile stays on
+            late = {name: None for name in _late(now) if name not in target.styles}
+            target = dataclasses.replace(target, styles={**target.styles, **late})
+        old = now.record.settings if now.record else PipeSettings()
+        said = dataclasses.replace(old.policy, **_said(policy))
+        settings = dataclasses.replace(old, policy=said, **_said(shell))
+        settings.check(pipe)
+        _move(now, target, settings)
     return pipe
 
 
-def _check(pipe: Any, request: Request, asked: Shell) -> None:
-    if request.fuse not in ("auto", True, False):
-        raise PipelineError(f"fuse={request.fuse!r}: 'auto', True or False is expected.")
-    if request.keep not in ("memory", "disk", None):
-        raise PipelineError(f"keep={request.keep!r}: 'memory', 'disk' or None is expected.")
-    if request.compile not in (True, False, "regional", "whole"):
-        raise PipelineError(f"compile={request.compile!r}: False, True, 'regional' or 'whole' is expected.")
-    if isinstance(asked.cache_prompts, bool) or not isinstance(asked.cache_prompts, int) or asked.cache_prompts < 0:
-        raise PipelineError(f"cache_prompts={asked.cache_prompts!r}: a number of prompts is expected, 0 for none.")
-    if asked.cache_prompts and not hasattr(type(pipe), "encode_prompt"):
-        raise PipelineError(f"cache_prompts={asked.cache_prompts}: {type(pipe).__name__} has no encode_prompt to ask.")
-    if request.weight is not None:
-        plan.check_weight("the LCM-LoRA", request.weight)
-    for name, style in request.styles:
-        plan.check_weight(f"style {name!r}", style.weight)
+def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
+    """Say which styles an accelerated pipe has, and how strongly they count. The LCM-LoRA stays.
 
+    Merged weights are computed anew from the originals, so any number of changes leaves exactly what `accelerate` with
+    these styles would have made, in the same memory (a compiled UNet needs no recompilation). What is so already costs
+    nothing.
 
-def _already(pipe: Any, request: Request, asked: Shell) -> bool:
-    """Whether this very acceleration is in place; another one is an error."""
-    if getattr(unet_of(pipe), SPOILED, False):
-        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
-    record = record_of(pipe)
-    if record is None:
-        return False
-    if record.request != request:
-        raise PipelineError(
-            "this pipe's UNet is accelerated with other settings already: lcmlora.set_styles(pipe, ...) changes "
-            "styles, lcmlora.restore(pipe) makes way for everything else."
-        )
-    mine = pipe_record_of(pipe)
-    if mine is not None and mine.asked != asked:
-        raise PipelineError(
-            "this pipe is accelerated with other steps, guidance, vae or cache already; lcmlora.restore(pipe) first."
-        )
-    return mine is not None
+    Args:
+        pipe: an accelerated pipe; its siblings that share the UNet change with it.
+        styles: all the styles wanted. name -> a weight, for a style that is known (loaded before `accelerate`, or
+            given once to lcmlora); name -> source or `Style`, for a new one. Styles that are not named are off; an
+            empty dict turns all off.
 
-
-def _new_record(made: plan.Plan, request: Request) -> UnetRecord:
-    if made.kept_bytes:
-        logger.info(
-            "the originals of the merged layers take %.0f MiB (keep=%r)", made.kept_bytes / 2**20, request.keep
-        )
-    return UnetRecord(
-        request=request,
-        base=made.base,
-        lcm=made.lcm,
-        parts={part.name: part for part in made.parts},
-        weights=dict(made.weights),
-        originals=merge.Originals(request.keep),
-        undo=Undo(),
-    )
-
-
-def _own_up(unet: Any, originals: merge.Originals) -> None:
-    """Where a failure could not be undone, because nothing was kept, say so, and let nobody go on with the rest."""
-    if originals.lost:
-        unet.__dict__[SPOILED] = True
-        warnings.warn(f"accelerate(keep=None) was stopped in the middle: {LOST}", LcmLoraWarning, stacklevel=2)
-
-
-def _apply_to_unet(unet: Any, record: UnetRecord) -> None:
-    record.undo.push(forget, unet)  # the last to run: a restore that is interrupted can be called again
-    record.undo.push(record.originals.forget)
-    if record.request.keep is None:  # all that can be found before the first change, as there is no way back from it
-        for part in record.parts.values():
-            merge.check_finite(part.loras if part.merged else {})
-    for part in record.parts.values():
-        change(part, {}, record.weights, record.originals, record.undo)
-    for module in compiling.regions(unet, record.request.compile):
-        record.undo.push(compiling.undo, module)
-        module.compile()
-    unet.__dict__[RECORD] = record
-
-
-def _apply_to_pipe(
-    pipe: Any, scheduler: Any, vae: nn.Module | None, asked: Shell, record: UnetRecord, undo: Undo
-) -> None:
-    # A sibling made from an accelerated pipe has our scheduler: restore gives it the one that ours stands for.
-    before = next((theirs for ours, theirs in record.schedulers if ours is pipe.scheduler), pipe.scheduler)
-    mine = PipeRecord(asked, Undo())
-    mine.undo.push(forget, pipe)
-    mine.undo.push(setattr, pipe, "scheduler", before)
-    mine.undo.push(setattr, pipe, "__class__", type(pipe))
-    undo.push(setattr, pipe, "scheduler", pipe.scheduler)
-    pipe.scheduler = scheduler
-    undo.push(setattr, pipe, "__class__", type(pipe))
-    calls.install(pipe, asked.policy, PromptCache(asked.cache_prompts) if asked.cache_prompts else None)
-    if vae is not None:
-        mine.undo.push(setattr, pipe, "vae", pipe.vae)
-        undo.push(setattr, pipe, "vae", pipe.vae)
-        pipe.vae = vae
-    undo.push(forget, pipe)
-    pipe.__dict__[RECORD] = mine
-    record.schedulers.append((scheduler, before))
-    record.pipes.add(pipe)
-
-
-def restore(pipe: Pipe) -> Pipe:
-    """Give back what `accelerate` found: weights, adapters, their scales, scheduler object and class, bit for bit.
-
-    Where several pipes share the UNet and were accelerated, the weights come back with the last of them.
+    Returns:
+        The same pipe.
 
     Raises:
-        PipelineError: the pipe is not accelerated, or its originals were not kept (keep=None).
+        PipelineError: the pipe is not accelerated, its originals were not kept, or a name can't be used.
+        LoraFileError, LoraMismatchError: as for `accelerate`. Nothing is changed then.
     """
-    with lock:
-        mine, record = pipe_record_of(pipe), record_of(pipe)
-        if mine is None:
-            raise PipelineError(f"this {type(pipe).__name__} is not accelerated, so there is nothing to restore.")
-        if record is not None:
-            others = [other for other in record.pipes if other is not pipe]
-            if not others:
-                require_originals(record, "restore the weights")
-                _tell_what_goes(record)
-                record.undo.run()
-            record.pipes.discard(pipe)
-        mine.undo.run()
+    with _alone(pipe):
+        record = pipe_record_of(pipe)
+        if record is None:
+            raise PipelineError("set_styles changes an accelerated pipe; lcmlora.accelerate(pipe, styles=...) first.")
+        now = Snapshot.of(pipe)
+        target = with_styles(_target(now), styles, _known(now), {})
+        _move(now, target, record.settings)
     return pipe
 
 
-def _tell_what_goes(record: UnetRecord) -> None:
-    """Warn of adapters that somebody loaded in the meantime: `restore` gives back what `accelerate` found."""
-    late = {
-        name
-        for part in record.parts.values()
-        for name in adapters.Adapters(part.module).names - set(part.loras) - part.adapters.names
-    }
-    if late:
-        warnings.warn(
-            f"restore removes {sorted(late)}, loaded while the pipe was accelerated. set_styles, or loading before "
-            "accelerate, keeps LoRAs.",
-            LcmLoraWarning,
-            stacklevel=calls.caller_depth(),
-        )
+def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
+    """Give back what `accelerate` found: weights, adapters, their scales, scheduler object and class, bit for bit.
+
+    Where several pipes share a model and were accelerated, its weights come back with the last of them. Before
+    anything is touched it verifies that the way back is exact.
+
+    Args:
+        pipe: an accelerated pipe.
+        force: give back what can be given back where the way back is not exact, and warn of the rest.
+
+    Raises:
+        PipelineError: the pipe is not accelerated, its originals were not kept (keep=None), or somebody changed the
+            weights so that the way back is not exact (`force=True` goes it nevertheless).
+    """
+    with _alone(pipe):
+        record = pipe_record_of(pipe)
+        modules = dict(record.modules) if record is not None else _orphans(pipe)
+        last = {
+            name: component_of(name, module)
+            for name, module in modules.items()
+            if module_record_of(module.module) is module and not any(p is not pipe for p in module.pipes)
+        }
+        for name, component in last.items():
+            _require_originals(modules[name], "restore the weights")
+            if left := check_way_back(component, "restore the weights", force):
+                warn(f"restore(force=True) gave back what it could; {left}")
+            warn_of_lost_adapters(component)
+        if record is not None:
+            _warn_of_replaced(pipe, record)
+        for component in last.values():
+            transaction.give_back(component)
+        for module in modules.values():
+            module.pipes.discard(pipe)
+        if record is not None:
+            transaction.undress(pipe, record)
+    return pipe
+
+
+def _orphans(pipe: Any) -> dict[str, ModuleRecord]:
+    """The changed models of a pipe that was not accelerated itself, all pipes around which are gone."""
+    found = module_record_of(getattr(pipe, "unet", None))
+    if found is None or found.pipes:
+        whose = " Its UNet is, through another pipe: restore that one." if found else ""
+        raise PipelineError(f"this {type(pipe).__name__} is not accelerated, so there is nothing to restore.{whose}")
+    records = {name: module_record_of(getattr(pipe, name, None)) for name in COMPONENTS}
+    return {name: record for name, record in records.items() if record is not None and not record.pipes}
+
+
+def _warn_of_replaced(pipe: Any, record: PipeRecord) -> None:
+    """Tell of what somebody put into the pipe since: `restore` gives back what was found."""
+    made = record.made
+    for name, module in record.modules.items():
+        if (here := uncompiled(getattr(pipe, name, None))) is not None and here is not module.module:
+            warn(f"pipe.{name} was replaced while the pipe was accelerated: restore leaves the new one as it is.")
+    if not isinstance(pipe.scheduler, type(made.scheduler)):
+        warn(f"restore takes the {type(pipe.scheduler).__name__} out that was set while the pipe was accelerated.")
+    if made.vae is not record.found.vae and pipe.vae is not made.vae:
+        warn("restore takes the VAE out that was set while the pipe was accelerated with another one.")
 
 
 @contextmanager
-def accelerated(pipe: Pipe, *args: Any, **kwargs: Any) -> Iterator[Pipe]:
+def accelerated(pipe: Pipe, base: str | Unset = UNSET, **settings: Any) -> Iterator[Pipe]:
     """`accelerate`, same arguments, for the length of a `with` block; restores also when the block raises."""
-    if is_accelerated(pipe):
+    if pipe_record_of(pipe) is not None:
         raise PipelineError(
             "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."
         )
-    accelerate(pipe, *args, **kwargs)
+    accelerate(pipe, base, **settings)
     try:
         yield pipe
     finally:
         restore(pipe)
+
+
+@contextmanager
+def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
+    """An accelerated pipe with these styles, for one thread alone; afterwards with those it had.
+
+    Calls, `styled` blocks and changes of other threads on any pipe that shares the UNet wait for the block's end. This
+    is how a server serves requests of different styles with one UNet.
+
+    Args:
+        pipe: an accelerated pipe.
+        styles: as for `set_styles`.
+
+    Raises:
+        PipelineError: as for `set_styles`.
+    """
+    record = pipe_record_of(pipe)
+    if record is None:
+        raise PipelineError("styled changes an accelerated pipe for a while; lcmlora.accelerate(pipe) first.")
+    with record.unet.gate.changing():
+        applied = record.unet.applied
+        assert applied is not None
+        set_styles(pipe, styles)
+        try:
+            yield pipe
+        finally:
+            with _alone(pipe):
+                now = Snapshot.of(pipe)
+                target = dataclasses.replace(_target(now), styles=applied.target.styles)
+                _move(now, target, record.settings)
 
 
 @contextmanager
@@ -295,18 +286,202 @@ def merged(pipe: Any) -> Iterator[None]:
     Raises:
         PipelineError: its weights can't be merged (quantised, DoRA).
     """
-    with lock:
-        record = record_of(pipe)
-        assert record is not None
-        with Undo() as undo:
-            originals = merge.Originals("memory")
-            for name in ("unet", *plan.TEXT_ENCODERS):
-                part = plan.part_for(pipe, name, True) if getattr(pipe, name, None) is not None else None
-                if part is not None and part.loras:
-                    if not part.merged:
-                        raise PipelineError(f"the LoRAs of this pipe's {name} can't be merged into its weights.")
-                    change(part, {}, part.adapters.weights, originals, undo)
-            try:
-                yield
-            finally:
-                undo.run()
+    with _alone(pipe), Undo() as undo:
+        now = Snapshot.of(pipe)
+        for name, component in now.components.items():
+            record = component.record
+            if record is None or record.content.merged or (not record.content.touched and not component.found.active):
+                continue
+            content = record.content
+            loras, weights = content.loras, content.weights
+            if not content.touched:
+                loras, weights = component.found.loras, dict.fromkeys(component.found.active)
+            if why := component.why_not_mergeable:
+                raise PipelineError(f"the LoRAs of this pipe's {name} can't be merged into its weights: {why}.")
+            transaction.change(record, component, Content(loras, weights, True), "memory", undo)
+        try:
+            yield
+        finally:
+            undo.roll_back()
+
+
+@contextmanager
+def _alone(pipe: Any) -> Iterator[None]:
+    """No call of a pipe with this UNet, and no other transition."""
+    record = pipe_record_of(pipe)
+    unet = record.unet if record is not None else module_record_of(getattr(pipe, "unet", None))
+    with ExitStack() as stack:
+        if unet is not None:
+            stack.enter_context(unet.gate.changing())
+        stack.enter_context(lock)
+        yield
+
+
+def _said(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not UNSET}
+
+
+def _target(now: Snapshot) -> Target:
+    """What the pipe's UNet is made to be; on a plain one, the default beside what is active."""
+    applied = now.unet.record.applied if now.unet.record else None
+    return applied.target if applied else Target(styles=dict.fromkeys(_found(now)))
+
+
+def _found(now: Snapshot) -> list[str]:
+    """The user's own adapters that were active before."""
+    return sorted({name for component in now.components.values() for name in component.found.active})
+
+
+def _late(now: Snapshot) -> list[str]:
+    """The adapters that somebody loaded since, and that are active."""
+    late = set()
+    for component in now.components.values():
+        if component.record is not None:
+            ours = {*component.record.content.loras, *component.found.names}
+            late |= set(component.adapters.active) - ours
+    return sorted(late)
+
+
+def _known(now: Snapshot) -> dict[str, Source | None]:
+    """The styles that a weight may be given for; None for those that are adapters in the pipe."""
+    applied = now.unet.record.applied if now.unet.record else None
+    names = {name for component in now.components.values() for name in component.found.names}
+    return {**dict.fromkeys([*names, *_late(now)]), **(applied.target.sources if applied else {})}
+
+
+def _require_originals(record: ModuleRecord, purpose: str) -> None:
+    if record.spoiled:
+        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+    if record.content.merged and record.originals.keep is None:
+        raise PipelineError(
+            f"the LoRAs were merged with keep=None, so the originals are gone and lcmlora can't {purpose}: load the "
+            "pipe anew with from_pretrained. accelerate(pipe, keep='memory') or keep='disk' makes it possible."
+        )
+
+
+def _move(now: Snapshot, target: Target, settings: PipeSettings) -> None:
+    """The transition: bring a pipe and its models to what they shall be, all or nothing."""
+    record, unet = now.record, now.unet.record
+    if unet is not None and unet.spoiled:
+        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+    applied = unet.applied if unet is not None else None
+    off = record is not None and why_not_fast(now.pipe, record) is not None
+    if record is None or applied is None or off or target != applied.target:
+        plan = make_plan(now, target)
+    elif settings == record.settings:
+        return
+    else:
+        plan = Plan(applied, {})
+    vae = _vae(now, plan.applied, settings)
+    changes = _changes(now, plan, off)
+    gone = _left_behind(now)
+    for component in gone:
+        check_way_back(component, "give the replaced model back")
+    with Undo() as undo:
+        modules = {name: transaction.record_for(component, undo) for name, component in now.components.items()}
+        for name, content in changes.items():
+            transaction.change(modules[name], now.components[name], content, target.keep, undo)
+        transaction.compile_as(modules["unet"], target.compile, undo)
+        undo.push(setattr, modules["unet"], "applied", modules["unet"].applied)
+        modules["unet"].applied = plan.applied
+        mine = _pipe_record(now, modules, plan.applied, settings, vae)
+        for module in modules.values():
+            undo.push(_give_up, module, now.pipe, now.pipe in module.pipes)
+            module.pipes.add(now.pipe)
+        transaction.dress(now.pipe, mine, undo)
+    for component in gone:
+        transaction.give_back(component)
+
+
+def _changes(now: Snapshot, plan: Plan, off: bool) -> dict[str, Content]:
+    """The components that have to change, all of which can be changed.
+
+    Raises:
+        PipelineError: originals are missing, another pipe relies on what is there, or the way back is not exact.
+    """
+    changes = {}
+    for name, content in plan.contents.items():
+        component = now.components[name]
+        record = component.record
+        if record is None:
+            if content.touched:
+                changes[name] = content
+            continue
+        keep = plan.applied.target.keep
+        same = record.content == content and not (content.merged and record.originals.keep != keep)
+        if (same and not (off and name == "unet")) or _stays_for_others(now, name, record, content):
+            continue
+        _require_originals(record, "change what is merged")
+        check_way_back(component, "change the LoRAs")
+        changes[name] = content
+    return changes
+
+
+def _stays_for_others(now: Snapshot, name: str, record: ModuleRecord, content: Content) -> bool:
+    """Whether a text encoder is left as it is for pipes with another UNet that rely on it.
+
+    Raises:
+        PipelineError: they rely on other styles in it.
+    """
+    others = [other for other in record.pipes if other is not now.pipe and _relies(other, name, record, now)]
+    if not others or name == "unet":
+        return False
+    there = f"styles {sorted(record.content.weights)}" if record.content.weights else "no styles"
+    words = f"pipe.{name} is shared with another accelerated pipe, which has {there} in it"
+    if content.touched or now.record is not None:
+        raise PipelineError(
+            f"{words}: give both the same styles, or this one a text encoder of its own "
+            f"(pipe.{name} = copy.deepcopy(pipe.{name}) before accelerate)."
+        )
+    warn(f"{words}: they count in this pipe too. copy.deepcopy(pipe.{name}) before accelerate keeps them apart.")
+    return True
+
+
+def _relies(other: Any, name: str, record: ModuleRecord, now: Snapshot) -> bool:
+    theirs = pipe_record_of(other)
+    return theirs is not None and theirs.modules.get(name) is record and theirs.unet is not now.unet.record
+
+
+def _left_behind(now: Snapshot) -> list[Component]:
+    """Models that were accelerated, that the pipe no longer has, and that no other pipe relies on."""
+    here = [component.module for component in now.components.values()]
+    return [
+        component_of(name, module)
+        for name, module in (now.record.modules if now.record else {}).items()
+        if not any(module.is_on(model) for model in here)
+        and module_record_of(module.module) is module
+        and not any(pipe is not now.pipe for pipe in module.pipes)
+    ]
+
+
+def _give_up(module: ModuleRecord, pipe: Any, relied: bool) -> None:
+    if not relied:
+        module.pipes.discard(pipe)
+
+
+def _vae(now: Snapshot, applied: Applied, settings: PipeSettings) -> Any:
+    """The VAE that the pipe gets."""
+    record = now.record
+    own = record.found.vae if record else getattr(now.pipe, "vae", None)
+    if record is not None and settings.vae == record.settings.vae:
+        return record.made.vae
+    return vaes.load(now.pipe, own, applied.base, settings.vae, applied.target.hub) or own
+
+
+def _pipe_record(
+    now: Snapshot, modules: dict[str, ModuleRecord], applied: Applied, settings: PipeSettings, vae: Any
+) -> PipeRecord:
+    pipe, old = now.pipe, now.record
+    found = (
+        old.found if old else Shell(calls.plain(type(pipe)), stands_for(pipe.scheduler), getattr(pipe, "vae", None))
+    )
+    scheduler, wanted = old.made.scheduler if old else None, lcm_scheduler(found.scheduler, applied.base)
+    if scheduler is None or scheduler.config != wanted.config:
+        scheduler = wanted
+        put(scheduler, found.scheduler)
+    made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae)
+    record = PipeRecord(weakref.ref(pipe), settings, modules, found, made)
+    if settings.cache_prompts:
+        same = old is not None and old.settings.cache_prompts == settings.cache_prompts
+        record.cache = old.cache if same and old is not None else PromptCache(settings.cache_prompts)
+    return record

@@ -9,12 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from .errors import BaseModelError
-from .layers import lcm_layers, unet_of
+from .layers import ModuleIndex, unet_of
+
+
+class Structure(NamedTuple):
+    """What tells one UNet from another.
+
+    Attributes:
+        cross_attention_dim: width of the text embeddings that the UNet attends to.
+        block_out_channels: widths of the UNet's levels.
+        layers: how many layers an LCM-LoRA adapts (the kinds in `lcmlora.layers.TARGET_MODULES`).
+        layers_per_block: how many resnets a down block has.
+        text_projection: whether it projects the text embeddings itself, as Kolors does.
+    """
+
+    cross_attention_dim: int | None
+    block_out_channels: tuple[int, ...]
+    layers: int | None
+    layers_per_block: Any = None
+    text_projection: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +44,7 @@ class Base:
         title: the name in words.
         cross_attention_dim: width of the text embeddings that the UNet attends to.
         block_out_channels: widths of the UNet's levels.
-        layers: how many layers an LCM-LoRA adapts (the kinds in `lcmlora.unets.KINDS`).
+        layers: how many layers an LCM-LoRA adapts (the kinds in `lcmlora.layers.TARGET_MODULES`). None: any number.
         lora: the LCM-LoRA: a repository of the hub, a folder or a file. None where there is none.
         weight_name: the file's name inside the repository or folder, where it is not diffusers' usual one.
         rank: the rank of that LoRA.
@@ -36,13 +54,15 @@ class Base:
             motion modules of different training have one structure.
         tiny_vae: repository or folder of an AutoencoderTiny for its latents, what `accelerate(vae="tiny")` takes.
         fp16_vae: of a VAE that half precision does not overflow, what `accelerate(vae="fp16-fix")` takes.
+        layers_per_block: how many resnets a down block has, where that has to be told.
+        text_projection: whether the UNet projects the text embeddings itself, as Kolors' does.
     """
 
     name: str
     title: str
     cross_attention_dim: int
     block_out_channels: tuple[int, ...]
-    layers: int
+    layers: int | None
     lora: str | None
     weight_name: str | None = None
     rank: int = 64
@@ -51,17 +71,18 @@ class Base:
     motion: bool = False
     tiny_vae: str | None = None
     fp16_vae: str | None = None
+    layers_per_block: int | None = None
+    text_projection: bool = False
 
-    def matches(self, unet: nn.Module) -> bool:
-        """Whether the UNet has this base's structure."""
-        if self.motion and not any(name.endswith(".motion_modules") for name, _ in unet.named_modules()):
-            return False
-        return self.structure == signature(unet)
-
-    @property
-    def structure(self) -> tuple[int | None, tuple[int, ...], int]:
-        """What `signature` gives for its UNets."""
-        return (self.cross_attention_dim, self.block_out_channels, self.layers)
+    def matches(self, structure: Structure, motion: bool = False) -> bool:
+        """Whether a UNet of this structure, with motion modules or without, is of this base."""
+        return (
+            (self.cross_attention_dim, self.block_out_channels) == structure[:2]
+            and self.layers in (None, structure.layers)
+            and self.layers_per_block in (None, structure.layers_per_block)
+            and self.text_projection == structure.text_projection
+            and (motion or not self.motion)
+        )
 
 
 _SD = (320, 640, 1280, 1280)
@@ -94,14 +115,26 @@ _registered: dict[str, Base] = {
 }
 
 
-def signature(unet: nn.Module) -> tuple[int | None, tuple[int, ...], int]:
-    """(cross-attention width, block widths, number of layers an LCM-LoRA adapts)."""
-    config: Any = unet.config
+_unsupported = (
+    Base("sd2", "Stable Diffusion 2.x", 1024, _SD, None, None),
+    Base("refiner", "the SDXL refiner", 1280, (384, 768, 1536, 1536), None, None),
+    Base("kolors", "Kolors", 2048, _XL, None, None, text_projection=True),
+    Base("koala", "KOALA", 2048, _XL, None, None, layers_per_block=1),
+)
+"""Known UNets that no LCM-LoRA exists for."""
+
+
+def structure_of(unet: nn.Module | ModuleIndex) -> Structure:
+    """What tells a UNet from others."""
+    index = unet if isinstance(unet, ModuleIndex) else ModuleIndex.of(unet)
+    config: Any = index.module.config
     width = config.get("cross_attention_dim")
-    return (
+    return Structure(
         width if isinstance(width, int) else None,
         tuple(config.get("block_out_channels") or ()),
-        len(lcm_layers(unet)),
+        len(index.lcm),
+        config.get("layers_per_block"),
+        config.get("encoder_hid_dim_type") == "text_proj",
     )
 
 
@@ -111,25 +144,64 @@ def bases() -> tuple[Base, ...]:
 
 
 def register(base: Base) -> None:
-    """Add a base of one's own: from then on `accelerate` recognises it and finds its LoRA.
+    """Add a base of one's own: from then on `accelerate` recognises it and finds its LoRA. `unregister` undoes it.
 
     Raises:
         BaseModelError: a base of that name, or one of the same structure, is registered already.
     """
     for known in _registered.values():
-        if known.name == base.name or (known.structure == base.structure and not base.motion):
+        if known.name == base.name or (known.matches(_structure_in(base)) and not base.motion):
             raise BaseModelError(
                 f"base {base.name!r} can't be registered: {known.name!r} has that name or structure already."
             )
     _registered[base.name] = base
 
 
-def find_base(unet: nn.Module) -> Base | None:
-    """The registered base of this structure, or None. Kolors' UNet differs from SDXL's in what it attends to alone."""
-    if _unsupported(unet):
+def unregister(name: str) -> Base:
+    """Take a base out of the table again; returns it.
+
+    Raises:
+        BaseModelError: there is none of that name.
+    """
+    base = by_name(name)
+    del _registered[name]
+    return base
+
+
+def _structure_in(base: Base) -> Structure:
+    return Structure(
+        base.cross_attention_dim, base.block_out_channels, base.layers, base.layers_per_block, base.text_projection
+    )
+
+
+def find_base(structure: Structure) -> Base | None:
+    """The registered base of this structure, or None."""
+    if unsupported(structure):
         return None
-    structure = signature(unet)
-    return next((b for b in _registered.values() if b.structure == structure and not b.motion), None)
+    return next((b for b in _registered.values() if b.matches(structure)), None)
+
+
+def unsupported(structure: Structure) -> Base | None:
+    """The known base of this structure that no LCM-LoRA exists for; None for every other structure."""
+    return next((b for b in _unsupported if b.matches(structure)), None)
+
+
+def check_named(name: str, structure: Structure, motion: bool) -> Base:
+    """The base of that name, which has to be the UNet's.
+
+    Raises:
+        BaseModelError: there is none, or the UNet has another structure.
+    """
+    named = by_name(name)
+    if unsupported(structure) is None and named.matches(structure, motion):
+        return named
+    found = find_base(structure)
+    other = f"{found.title} (base={found.name!r})" if found else f"another. {unknown(structure)}"
+    if found is not None and named.motion and not motion:
+        other = f"{found.title} without motion modules"
+    raise BaseModelError(
+        f"base={name!r} was given, {named.title}, but the pipe's UNet is {other}. base='auto' finds it by itself."
+    )
 
 
 def made_for(cross_attention_dim: int | None, modules: int) -> str | None:
@@ -142,10 +214,10 @@ def made_for(cross_attention_dim: int | None, modules: int) -> str | None:
     )
 
 
-def title_of(unet: nn.Module) -> str:
+def title_of(structure: Structure) -> str:
     """What kind of UNet this is, in words, whether an LCM-LoRA exists for it or not."""
-    base = find_base(unet)
-    return base.title if base else _unsupported(unet) or "a UNet of its own kind"
+    base = find_base(structure) or unsupported(structure)
+    return base.title if base else "a UNet of its own kind"
 
 
 def detect_base(pipe_or_unet: Any) -> Base:
@@ -159,9 +231,10 @@ def detect_base(pipe_or_unet: Any) -> Base:
         raise BaseModelError(
             f"{type(pipe_or_unet).__name__} has no UNet; lcmlora accelerates pipelines with a `unet`."
         )
-    base = find_base(unet)
+    structure = structure_of(unet)
+    base = find_base(structure)
     if base is None:
-        raise BaseModelError(unknown(unet))
+        raise BaseModelError(unknown(structure))
     return base
 
 
@@ -177,28 +250,13 @@ def by_name(name: str) -> Base:
     return _registered[name]
 
 
-def _unsupported(unet: nn.Module) -> str | None:
-    """The name of a known base that has no LCM-LoRA, told by what sets it apart; None for every other UNet."""
-    config: Any = unet.config
-    width, widths, _ = signature(unet)
-    if (width, widths) == (1024, _SD):
-        return "Stable Diffusion 2.x"
-    if (width, widths) == (1280, (384, 768, 1536, 1536)):
-        return "the SDXL refiner"
-    if config.get("encoder_hid_dim_type") == "text_proj" and config.get("encoder_hid_dim") == 4096:
-        return "Kolors"
-    if (width, widths) == (2048, _XL) and config.get("layers_per_block") == 1:
-        return "KOALA"
-    return None
-
-
-def unknown(unet: nn.Module) -> str:
+def unknown(structure: Structure) -> str:
     """Why a UNet is no base of ours, in words that say what to do."""
-    width, widths, count = signature(unet)
+    width, widths, count = structure[:3]
     shape = f"cross-attention width {width}, block widths {list(widths)}, {count} adaptable layers"
-    if name := _unsupported(unet):
+    if base := unsupported(structure):
         return (
-            f"This UNet is {name} ({shape}), for which no LCM-LoRA exists. "
+            f"This UNet is {base.title} ({shape}), for which no LCM-LoRA exists. "
             "Pass lora= with one of your own (see lcmlora.distill)."
         )
     return f"This UNet ({shape}) has the structure of no known base. Pass lora= with an LCM-LoRA made for it."

@@ -19,7 +19,7 @@ from . import __version__, pocket
 from .acceleration import accelerated
 from .errors import LcmLoraWarning
 from .sheets import BASE_STEPS, Sheet, sweep, sweep_guidance, sweep_steps
-from .transition.plan import Style
+from .transition.target import Style
 
 PROMPTS = (
     "a fox on a teal background",

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from .lora.adapters import tuner_layers
+from . import compat
+from .layers import ModuleIndex
 
 ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder")
+
+
+_locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def encode(cache: PromptCache | None, encode_prompt: Callable[..., Any], pipe: Any, args: Any, kwargs: Any) -> Any:
+    """`encode_prompt(pipe, *args, **kwargs)`, through the cache where there is one.
+
+    One thread at a time for each tokenizer: a fast one has state (padding, truncation) that pipes which share it would
+    change under each other.
+    """
+    with ExitStack() as stack:
+        for lock in _locks_of(pipe):
+            stack.enter_context(lock)
+        if cache is None:
+            return encode_prompt(pipe, *args, **kwargs)
+        return cache.encode(encode_prompt, pipe, args, kwargs)
+
+
+def _locks_of(pipe: Any) -> list[threading.RLock]:
+    """The locks of a pipe's tokenizers, in one order for all pipes."""
+    tokenizers = {
+        id(t): t for name in ENCODERS if "tokenizer" in name and (t := getattr(pipe, name, None)) is not None
+    }
+    with _locks_lock:
+        return [_locks.setdefault(tokenizers[key], threading.RLock()) for key in sorted(tokenizers)]
 
 
 class PromptCache:
@@ -55,9 +85,10 @@ class PromptCache:
 
 def _state(encoder: nn.Module) -> Any:
     """What changes when an encoder's weights or adapters do; no weight is read."""
-    weights = hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in encoder.parameters()))
+    weights = hash(tuple((p.data_ptr(), compat.version_of(p)) for p in encoder.parameters()))
+    wrappers: Any = ModuleIndex.of(encoder).wrappers.values()
     tuners = [
         (t.active_adapters, t.disable_adapters, getattr(t, "merged_adapters", None), getattr(t, "scaling", None))
-        for t in tuner_layers(encoder).values()
+        for t in wrappers
     ]
     return weights, encoder.training, tuners

@@ -9,10 +9,14 @@ from typing import Any
 from torch import nn
 
 from .errors import PipelineError
-from .layers import unet_of
-from .lora import adapters
-from .transition.plan import LCM
-from .transition.records import pipe_record_of, record_of
+from .layers import ModuleIndex, unet_of
+from .lora.adapters import Adapters
+from .lora.merge import weight_in
+from .transition.records import ModuleRecord, module_record_of, pipe_record_of
+from .transition.snapshot import COMPONENTS
+
+Strength = float | Mapping[str, tuple[float, float]]
+"""A style's weight; where it is not the same everywhere, the least and the greatest of each component."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,12 @@ class Status:
         lora: the LCM-LoRA's file.
         weight: the weight that it counts with.
         fused: whether the LoRAs are merged into the weights; False where they are PEFT adapters.
-        styles: the styles' weights by name: those that were there before and those that lcmlora loaded.
+        styles: the styles' weights by name: those that were there before and those that lcmlora loaded. Where one is
+            not the same in all layers, the least and the greatest of each component.
         adapters: the PEFT adapters active in the UNet, with their weights (none when fused).
         scheduler: the scheduler's class name.
         steps, guidance: what a call gets that passes none. None if not accelerated, or left to the caller.
-        keep: where the merged layers' originals are: "memory", "disk" or None.
+        keep: where the merged layers' originals are: "memory", "disk", "source" or None.
         kept_bytes: how many bytes they take there.
     """
 
@@ -38,8 +43,8 @@ class Status:
     lora: str | None
     weight: float | None
     fused: bool
-    styles: Mapping[str, float]
-    adapters: Mapping[str, float]
+    styles: Mapping[str, Strength]
+    adapters: Mapping[str, Strength]
     scheduler: str
     steps: int | None
     guidance: float | None
@@ -65,21 +70,62 @@ def status(pipe: Any) -> Status:
     unet = unet_of(pipe)
     if not isinstance(unet, nn.Module):
         raise PipelineError(f"{type(pipe).__name__} has no UNet.")
-    mine, record = pipe_record_of(pipe), record_of(pipe)
-    active = adapters.Adapters(unet).weights
-    fused = bool(record and record.fused)
-    weights = {**(record.weights if record and fused else {}), **active}
+    mine, record = pipe_record_of(pipe), module_record_of(unet)
+    applied = record.applied if record else None
+    models = {name: model for name in COMPONENTS if isinstance(model := unet_of(getattr(pipe, name, None)), nn.Module)}
+    models["unet"] = unet
+    active = {name: _weights(model) for name, model in models.items()}
+    lcm = applied.target.adapter_name if applied else None
+    counts = _by_style(active)
+    fused = bool(record and record.content.merged)
+    policy = mine.settings.policy if mine else None
     return Status(
         accelerated=mine is not None,
-        base=(record.base.name if record.base else "custom") if record else None,
-        lora=str(record.lcm) if record else None,
-        weight=weights.get(LCM) if record else None,
+        base=(applied.base.name if applied.base else "custom") if applied else None,
+        lora=applied.lcm.label if applied else None,
+        weight=next((low for name, (low, _) in active["unet"].items() if name == lcm), None),
         fused=fused,
-        styles={name: w for name, w in weights.items() if name != LCM and w},
-        adapters=active,
-        scheduler=type(pipe.scheduler).__name__,
-        steps=mine.policy.steps if mine else None,
-        guidance=mine.policy.guidance if mine else None,
-        keep=record.request.keep if record and fused else None,
-        kept_bytes=record.originals.bytes if record else 0,
+        styles={name: weight for name, weight in counts.items() if name != lcm},
+        adapters=_by_style({"unet": _adapters(unet)}),
+        scheduler=type(getattr(pipe, "scheduler", None)).__name__,
+        steps=policy.steps if policy else None,
+        guidance=policy.guidance if policy else None,
+        keep=record.originals.keep if record and fused else None,
+        kept_bytes=sum(found.originals.bytes for m in models.values() if (found := module_record_of(m))),
     )
+
+
+Range = tuple[float, float]
+
+
+def _weights(model: nn.Module) -> dict[str, Range]:
+    """Each LoRA that counts in a model, merged or as an adapter: its least and greatest weight in a layer."""
+    record = module_record_of(model)
+    return {**_merged(record), **_adapters(model)} if record and record.content.merged else _adapters(model)
+
+
+def _merged(record: ModuleRecord) -> dict[str, Range]:
+    content = record.content
+    weights = {
+        name: [weight_in(content.loras[name], layer, weight) for layer in content.loras[name].layers]
+        for name, weight in content.weights.items()
+    }
+    return {name: (min(there), max(there)) for name, there in weights.items() if any(there)}
+
+
+def _adapters(model: nn.Module) -> dict[str, Range]:
+    loras = Adapters(ModuleIndex.of(model)).loras
+    return {n: (min(x.found.values()), max(x.found.values())) for n, x in loras.items() if any(x.found.values())}
+
+
+def _by_style(active: Mapping[str, Mapping[str, Range]]) -> dict[str, Strength]:
+    """One number for each style, where it is the same everywhere."""
+    found: dict[str, dict[str, Range]] = {}
+    for component, ranges in active.items():
+        for name, limits in ranges.items():
+            found.setdefault(name, {})[component] = limits
+    styles: dict[str, Strength] = {}
+    for name, parts in found.items():
+        least, greatest = min(low for low, _ in parts.values()), max(high for _, high in parts.values())
+        styles[name] = greatest if greatest - least < 1e-6 else parts
+    return styles

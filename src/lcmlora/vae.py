@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .base import Base
+from .compat import execution_device
 from .errors import BaseModelError, PipelineError
+from .lora.sources import HubOptions
 
 Vae = str | Path | nn.Module | None
 
 
-def load(pipe: Any, base: Base | None, vae: Vae, hub: Mapping[str, Any]) -> nn.Module | None:
+def load(pipe: Any, own: Any, base: Base | None, vae: Vae, hub: HubOptions) -> nn.Module | None:
     """The VAE asked for, ready to stand in the pipe's place of it; None where none was asked for.
 
     Args:
         pipe: the pipeline; nothing in it is changed.
+        own: its own VAE.
         base: its base, which names the repositories of "tiny" and "fp16-fix".
         vae: see `accelerate`.
-        hub: as in `huggingface_hub.hf_hub_download`; the revision is the LoRA's and does not count here.
+        hub: how the hub is asked.
 
     Raises:
         BaseModelError: the base has no VAE of that name.
@@ -29,19 +31,25 @@ def load(pipe: Any, base: Base | None, vae: Vae, hub: Mapping[str, Any]) -> nn.M
     """
     if vae is None:
         return None
-    if not isinstance(getattr(pipe, "vae", None), nn.Module):
-        raise PipelineError(f"vae={vae!r}: this {type(pipe).__name__} has no VAE that another could stand in for.")
+    if not isinstance(own, nn.Module):
+        raise PipelineError(
+            f"vae={_brief(vae)}: this {type(pipe).__name__} has no VAE that another could stand in for."
+        )
     if isinstance(vae, nn.Module):
         made = vae
+    elif not isinstance(vae, str | Path):
+        raise PipelineError(f"vae={_brief(vae)}: 'tiny', 'fp16-fix', a repository, a folder or a module is expected.")
     else:
         made = _from_pretrained(_source(base, vae), hub)
         # not where an off-loaded VAE waits, but where it is used: no hook will move this one
-        made.to(getattr(pipe, "_execution_device", None) or pipe.device, pipe.vae.dtype).requires_grad_(False).eval()
-    theirs, ours = _latents(pipe.vae), _latents(made)
+        made.to(execution_device(pipe), next(own.parameters()).dtype).requires_grad_(False).eval()
+    if not hasattr(made, "decode") or not hasattr(made, "config"):
+        raise PipelineError(f"vae={_brief(vae)} is no VAE: 'tiny', 'fp16-fix', a repository, a folder or a module is.")
+    theirs, ours = _latents(own), _latents(made)
     if theirs != ours:
         raise PipelineError(
-            f"vae={vae!r} makes latents of {ours[0]} channels, {ours[1]} times smaller than the picture; this pipe's "
-            f"have {theirs[0]} and are {theirs[1]} times smaller. 'tiny' finds the one that fits."
+            f"vae={_brief(vae)} makes latents of {ours[0]} channels, {ours[1]} times smaller than the picture; this "
+            f"pipe's have {theirs[0]} and are {theirs[1]} times smaller. 'tiny' finds the one that fits."
         )
     return made
 
@@ -56,10 +64,10 @@ def _source(base: Base | None, vae: str | Path) -> str | Path:
     return source
 
 
-def _from_pretrained(source: str | Path, hub: Mapping[str, Any]) -> nn.Module:
+def _from_pretrained(source: str | Path, hub: HubOptions) -> nn.Module:
     from diffusers import AutoModel
 
-    options = {key: value for key, value in hub.items() if key in ("cache_dir", "token", "local_files_only")}
+    options = {"cache_dir": hub.cache_dir, "token": hub.token, "local_files_only": hub.local_files_only}
     try:
         vae = AutoModel.from_pretrained(str(source), use_safetensors=True, **options)
     except Exception as error:  # the hub and diffusers raise many kinds
@@ -69,6 +77,10 @@ def _from_pretrained(source: str | Path, hub: Mapping[str, Any]) -> nn.Module:
         ) from error
     assert isinstance(vae, nn.Module)
     return vae
+
+
+def _brief(vae: Vae) -> str:
+    return f"a {type(vae).__name__}" if isinstance(vae, nn.Module) else repr(vae)
 
 
 def _latents(vae: nn.Module) -> tuple[int | None, int]:

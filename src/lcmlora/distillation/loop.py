@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..errors import DataError, LcmLoraError, PipelineError
-from ..layers import KINDS, lcm_layers, unet_of
-from ..lora.adapters import Adapters, tuner_layers
+from ..layers import TARGET_MODULES, ModuleIndex, lcm_layers, unet_of
+from ..lora.adapters import Adapters
 from ..lora.files import WEIGHT_NAME
 from . import export
 from .config import DistillConfig
@@ -70,7 +70,7 @@ def _check_teacher(pipe: Any) -> None:
         raise PipelineError(
             f"{type(pipe).__name__} can't be a teacher: a Stable Diffusion or SDXL pipeline is expected."
         )
-    if tuner_layers(unet):
+    if ModuleIndex.of(unet).wrappers:
         raise PipelineError(
             "the teacher has LoRAs loaded: unload_lora_weights() first (or fuse them, then unload, to distil the mix)."
         )
@@ -83,7 +83,9 @@ def _borrowed(pipe: Any) -> Iterator[None]:
     modes = [(module, module.training) for part in parts for module in part.modules()]
     attributes = [(part, set(part.__dict__)) for part in parts]  # Accelerate marks what it prepares
     grads = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
-    adapters = Adapters(unet_of(pipe))  # type: ignore[arg-type]
+    unet = unet_of(pipe)
+    assert unet is not None
+    adapters = Adapters(ModuleIndex.of(unet))
     try:
         for part in parts:
             part.eval()
@@ -120,7 +122,7 @@ class _Run:
             schedule.alphas_cumprod.clone(), schedule.config.get("prediction_type", "epsilon"), config.solver_steps
         )
         set_seed(config.seed)  # the adapter's first weights, the same in every process
-        self.lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=list(KINDS))
+        self.lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=list(TARGET_MODULES))
         pipe.to(self.device)
         pipe.unet.add_adapter(self.lora, adapter_name=export.ADAPTER)
         self.params = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]

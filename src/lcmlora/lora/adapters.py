@@ -4,138 +4,166 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners import lora as peft_lora
 from torch import nn
 
+from .. import compat
 from ..errors import LoraFileError
-from ..layers import base_layer, layer_shape
-from .merge import FileLora, Halves
-
-_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
-
-
-def tuner_layers(module: nn.Module) -> dict[str, Any]:
-    """The layers that PEFT has wrapped, by name."""
-    return {name: inner for name, inner in module.named_modules() if base_layer(inner) is not inner}
+from ..layers import ModuleIndex, layer_shape
+from .merge import Factors, FileLora, Lora, Weight
 
 
 class TunerLora:
-    """A LoRA that PEFT has in a model, as `merge` takes it."""
+    """A LoRA that PEFT has in a model, as `merge` takes it.
 
-    def __init__(self, tuners: Mapping[str, Any], adapter: str) -> None:
-        self._tuners = {name: tuner for name, tuner in tuners.items() if adapter in tuner.lora_A}
-        self._adapter = adapter
+    Args:
+        wrappers: PEFT's layers around the model's, by name.
+        adapter: its name.
+        found: what it counted with in each layer when it was found; 0 where it was off.
+    """
+
+    def __init__(self, wrappers: Mapping[str, Any], adapter: str, found: Mapping[str, float]) -> None:
+        self._wrappers = {name: tuner for name, tuner in wrappers.items() if adapter in getattr(tuner, "lora_A", ())}
+        # by layer: PEFT empties its own when somebody deletes the adapter
+        self._halves = {
+            name: (unit_scale(tuner, adapter), tuner.lora_B[adapter], tuner.lora_A[adapter])
+            for name, tuner in self._wrappers.items()
+        }
+        self.found = dict(found)
 
     @property
     def layers(self) -> frozenset[str]:
         """The layers it touches."""
-        return frozenset(self._tuners)
+        return frozenset(self._halves)
 
     @contextmanager
-    def opened(self) -> Iterator[Any]:
-        """See `lcmlora.merge.Lora.opened`."""
-        yield self._halves
+    def opened(self) -> Iterator[Callable[[str], Factors]]:
+        """See `lcmlora.lora.merge.Lora.opened`."""
+        yield self._factors
 
-    def _halves(self, layer: str) -> Halves:
-        tuner, adapter = self._tuners[layer], self._adapter
-        up, down = (part[adapter].weight.detach().float().flatten(1) for part in (tuner.lora_B, tuner.lora_A))
-        return unit_scale(tuner, adapter), up, down
+    def _factors(self, layer: str) -> Factors:
+        scale, *halves = self._halves[layer]
+        up, down = (half.weight.detach().float().flatten(1) for half in halves)
+        return Factors(scale, up, down)
 
 
 def unit_scale(tuner: Any, adapter: str) -> float:
     """What PEFT multiplies an adapter's product with at weight 1 (peft, lora/layer.py, set_scale)."""
+    alphas = getattr(tuner, "lora_alpha", None) or getattr(tuner, "alpha", None)  # LoRA's and LyCORIS' names
+    if not alphas:
+        return 1.0
     rank = tuner.r[adapter]
     stabilised = getattr(tuner, "use_rslora", {}).get(adapter, False)
-    return float(tuner.lora_alpha[adapter] / (rank**0.5 if stabilised else rank))
+    return float(alphas[adapter] / (rank**0.5 if stabilised else rank))
 
 
 class Adapters:
-    """What PEFT has in a module at one moment: layers, active adapters, scales. `restore` goes back to it."""
+    """What PEFT has in a model at one moment: wrappers, adapters, their scales. `restore` goes back to it.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._tuners = tuner_layers(module)
-        self._attributes = {key: module.__dict__[key] for key in _ATTRIBUTES if key in module.__dict__}
-        self._configs = dict(self._attributes.get("peft_config") or {})
-        self._active = {name: list(tuner.active_adapters) for name, tuner in self._tuners.items()}
-        self._scales = {name: dict(tuner.scaling) for name, tuner in self._tuners.items()}
-        self._disabled = {name: tuner.disable_adapters for name, tuner in self._tuners.items()}
-        self._grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    Args:
+        index: the model, just walked over.
+    """
+
+    def __init__(self, index: ModuleIndex) -> None:
+        self._module = index.module
+        self._wrappers: dict[str, Any] = dict(index.wrappers)
+        self._layers = frozenset(index.layers)
+        self._marks = {key: index.module.__dict__[key] for key in compat.PEFT_MARKS if key in index.module.__dict__}
+        self._configs = dict(self._marks.get("peft_config") or {})
+        self._names = {name: compat.adapters_in(wrapper) for name, wrapper in self._wrappers.items()}
+        self._states = {name: compat.adapter_state(wrapper) for name, wrapper in self._wrappers.items()}
+        self._gradients = index.gradients
+        self.loras = {name: TunerLora(self._wrappers, name, self._weights_of(name)) for name in sorted(self.names)}
 
     @property
     def names(self) -> set[str]:
         """Every adapter, active or not."""
-        return set(self._configs) | {adapter for scales in self._scales.values() for adapter in scales}
+        return set(self._configs) | {name for names in self._names.values() for name in names}
 
     @property
-    def merged(self) -> bool:
-        """Whether PEFT has merged an adapter into some layer's weight."""
-        return any(tuner.merged for tuner in self._tuners.values())
+    def active(self) -> list[str]:
+        """The adapters that count somewhere."""
+        return [name for name, lora in self.loras.items() if any(lora.found.values())]
 
     @property
-    def plain(self) -> bool:
-        """Whether every active adapter is a plain LoRA, of which up @ down tells all (no DoRA, no LoHa)."""
-        return not any(
-            getattr(tuner, "lora_variant", None) or not hasattr(tuner, "lora_A") for tuner in self._tuners.values()
-        )
+    def merged(self) -> frozenset[str]:
+        """The layers into whose weight PEFT has merged an adapter."""
+        return frozenset(name for name, wrapper in self._wrappers.items() if getattr(wrapper, "merged", False))
 
     @property
-    def weights(self) -> dict[str, float]:
-        """Each active adapter and the weight it is set to (the same in every layer, as `set_adapters` leaves it)."""
-        return {
-            adapter: tuner.scaling[adapter] / unit_scale(tuner, adapter)
-            for name, tuner in self._tuners.items()
-            for adapter in self._active[name]
-            if adapter in tuner.scaling and not self._disabled[name]
-        }
+    def why_not_mergeable(self) -> str | None:
+        """Which adapter is more than up @ down on a layer that can be merged; None where none is."""
+        for name, wrapper in self._wrappers.items():
+            kind = type(wrapper).__name__
+            if name not in self._layers or type(wrapper) not in (peft_lora.Linear, peft_lora.Conv2d):
+                return f"the adapter on {name or 'the whole model'} ({kind}) is no plain LoRA of a Linear or Conv2d"
+            if wrapper.lora_variant:
+                return f"the adapter on {name} is no plain LoRA (DoRA or the like)"
+            if any(wrapper.lora_bias.values()):
+                return f"the adapter on {name} has a bias (lora_bias=True)"
+            if getattr(compat.wrapped(wrapper), "groups", 1) != 1:
+                return f"{name} is a grouped convolution"
+        return None
 
-    @property
-    def loras(self) -> dict[str, TunerLora]:
-        """Every adapter as `merge` takes it."""
-        return {name: TunerLora(self._tuners, name) for name in self.names}
+    def only_as_found(self, name: str) -> str | None:
+        """A wrapper in which this adapter has no weight that could be set; None where it has one everywhere."""
+        found = (at for at, names in self._names.items() if name in names and not hasattr(self._wrappers[at], "r"))
+        return next(found, None)
 
-    def park(self) -> None:
-        """Take the PEFT layers out, leaving the layers they wrapped. `restore` puts them back.
+    def _weights_of(self, adapter: str) -> dict[str, float]:
+        """What an adapter counts with wherever it is; 0 where it is off, 1 where PEFT knows no weights."""
+        weights = {}
+        for layer, wrapper in self._wrappers.items():
+            if adapter in compat.adapters_in(wrapper):
+                on = adapter in wrapper.active_adapters and not wrapper.disable_adapters
+                known = adapter in getattr(wrapper, "r", ())
+                weight = wrapper.scaling[adapter] / unit_scale(wrapper, adapter) if known else 1.0
+                weights[layer] = weight if on else 0.0
+        return weights
+
+    def unwrap(self) -> None:
+        """Take PEFT's wrappers out, leaving what they wrapped. `restore` puts them back.
 
         For the meantime the model is a plain one: its forward pass costs nothing extra, and PEFT can't un-merge what
         it did not merge.
         """
-        _replace(self._module, {name: base_layer(tuner) for name, tuner in self._tuners.items()})
-        for key in _ATTRIBUTES:
+        _put(self._module, {name: compat.wrapped(wrapper) for name, wrapper in self._wrappers.items()})
+        for key in compat.PEFT_MARKS:
             self._module.__dict__.pop(key, None)
 
-    def restore(self) -> None:
-        """Bring PEFT's layers, adapters and scales back to that moment."""
-        here = tuner_layers(self._module)
-        _replace(self._module, {name: base_layer(tuner) for name, tuner in here.items() if name not in self._tuners})
-        _replace(self._module, self._tuners)
-        for name, tuner in self._tuners.items():
-            tuner.set_adapter(self._active[name])
-            for adapter in set(tuner.scaling) - set(self._scales[name]):
-                tuner.delete_adapter(adapter)
-            tuner.enable_adapters(not self._disabled[name])
-            tuner.scaling.clear()
-            tuner.scaling.update(self._scales[name])
-        for parameter, grad in self._grad:
-            parameter.requires_grad_(grad)
-        for key in _ATTRIBUTES:
+    def restore(self, here: ModuleIndex | None = None) -> None:
+        """Bring PEFT's wrappers, adapters and scales back to that moment. Doing it twice does no harm.
+
+        Args:
+            here: the model as it is now; None walks over it.
+        """
+        now = (here or ModuleIndex.of(self._module)).wrappers
+        _put(self._module, {name: compat.wrapped(w) for name, w in now.items() if name not in self._wrappers})
+        _put(self._module, self._wrappers)
+        for name, wrapper in self._wrappers.items():
+            compat.set_adapter_state(wrapper, self._states[name])
+        for parameter, gradient in self._gradients:
+            if parameter.requires_grad != gradient:
+                parameter.requires_grad_(gradient)
+        for key in compat.PEFT_MARKS:
             self._module.__dict__.pop(key, None)
-        self._module.__dict__.update(self._attributes)
-        if "peft_config" in self._attributes:
-            self._attributes["peft_config"].clear()
-            self._attributes["peft_config"].update(self._configs)
+        self._module.__dict__.update(self._marks)
+        if "peft_config" in self._marks:
+            self._marks["peft_config"].clear()
+            self._marks["peft_config"].update(self._configs)
 
 
-def _replace(module: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+def _put(module: nn.Module, parts: Mapping[str, nn.Module]) -> None:
     """Put modules at the names given, whatever stands there."""
     for name, part in parts.items():
         parent, _, child = name.rpartition(".")
-        module.get_submodule(parent)._modules[child] = part
+        compat.children_of(module.get_submodule(parent))[child] = part
 
 
 def inject(module: Any, name: str, lora: FileLora) -> None:
@@ -143,23 +171,65 @@ def inject(module: Any, name: str, lora: FileLora) -> None:
 
     PEFT itself is called, not diffusers' or transformers' loader: those log, guess and touch other state (transformers
     switches the model to evaluation mode).
+
+    Raises:
+        LoraFileError: its file is gone, changed or damaged, or its values are too large for the model's dtype.
     """
+    state = _state(module, lora)
+    with warnings.catch_warnings():  # that adapters stand beside each other is what is wanted
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")  # needed to merge alone
+        inject_adapter_in_model(_lora_config(lora), module, adapter_name=name)
+    report = set_peft_model_state_dict(module, state, adapter_name=name)
+    plain = {layer for layer, pair in lora.pairs.items() if not pair.magnitude}
+    missing = [
+        key
+        for key in report.missing_keys
+        if f".{name}." in key and not (key.split(".lora_magnitude_vector.")[0] in plain and "_magnitude_" in key)
+    ]
+    if report.unexpected_keys or missing:
+        raise RuntimeError(f"PEFT took only a part of {lora.label}: {report.unexpected_keys[:3]} were not expected.")
+    compat.mark_as_adapted(module)
+    wrappers: dict[str, Any] = dict(ModuleIndex.of(module).wrappers)
+    for layer, tuner in wrappers.items():
+        if name in getattr(tuner, "lora_A", ()):
+            if layer in plain and name in tuner.lora_magnitude_vector:  # PEFT's use_dora goes for all layers
+                del tuner.lora_magnitude_vector[name], tuner.lora_variant[name]
+            weight: Any = compat.wrapped(tuner).weight
+            for parts in (tuner.lora_A, tuner.lora_B, tuner.lora_magnitude_vector):
+                if name in parts:
+                    parts[name].to(weight.device, _adapter_dtype(weight)).requires_grad_(False)
+
+
+def _state(module: nn.Module, lora: FileLora) -> dict[str, torch.Tensor]:
+    """What PEFT calls the state of an adapter, from a file."""
     state: dict[str, torch.Tensor] = {}
-    with lora.opened() as halves:
-        for layer in sorted(lora.layers):
-            _, up, down = halves(layer)
-            inner: Any = base_layer(module.get_submodule(layer))
-            dtype = _adapter_dtype(inner.weight)
-            if not all(torch.isfinite(half.to(dtype)).all() for half in (up, down)):
-                raise LoraFileError(f"{lora.path}: values for {layer} are too large for {dtype}.")
+    with lora.opened_whole() as read:
+        for layer, pair in sorted(lora.pairs.items()):
+            (_, up, down), magnitude = read(layer)
+            inner: Any = compat.wrapped(module.get_submodule(layer))
             out, *rest = layer_shape(inner)
+            ones = (1,) * (len(rest) - 1)
+            if not pair.alpha:  # PEFT divides by it to tell an adapter's weight; `_lora_config` has another one
+                up = torch.zeros_like(up)
             state[f"{layer}.lora_A.weight"] = down.view(len(down), *rest)
-            state[f"{layer}.lora_B.weight"] = up.view(out, len(down), *(1,) * (len(rest) - 1))
+            state[f"{layer}.lora_B.weight"] = up.view(out, len(down), *ones)
+            if magnitude is not None:
+                state[f"{layer}.lora_magnitude_vector"] = magnitude.view(1, out, *ones) if ones else magnitude
+            dtype = _adapter_dtype(inner.weight)
+            values = (up, down) if magnitude is None else (up, down, magnitude)
+            if not all(torch.isfinite(value.to(dtype)).all() for value in values):
+                raise LoraFileError(f"{lora.label}: values for {layer} are too large for {dtype}.")
+    return state
+
+
+def _lora_config(lora: FileLora) -> LoraConfig:
+    """PEFT's configuration of a LoRA: the commonest rank and alpha, and the others as patterns."""
     ranks = {layer: pair.rank for layer, pair in lora.pairs.items()}
-    alphas = {layer: pair.alpha for layer, pair in lora.pairs.items()}
+    alphas = {layer: pair.alpha or float(pair.rank) for layer, pair in lora.pairs.items()}
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
-    config = LoraConfig(
+    return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=sorted(ranks),
@@ -167,20 +237,8 @@ def inject(module: Any, name: str, lora: FileLora) -> None:
         alpha_pattern={layer: a for layer, a in alphas.items() if a != alpha},
         init_lora_weights=False,
         inference_mode=True,
+        use_dora=any(pair.magnitude for pair in lora.pairs.values()),
     )
-    with warnings.catch_warnings():  # that adapters stand beside each other is what is wanted
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")  # needed to merge alone
-        inject_adapter_in_model(config, module, adapter_name=name)
-    report = set_peft_model_state_dict(module, state, adapter_name=name)
-    if report.unexpected_keys or any(f".{name}." in key for key in report.missing_keys):
-        raise RuntimeError(f"PEFT took only a part of {lora.path}: {report.unexpected_keys[:3]} were not expected.")
-    module._hf_peft_config_loaded = True  # diffusers and transformers ask for it
-    for tuner in tuner_layers(module).values():
-        if name in tuner.lora_A:
-            weight: Any = base_layer(tuner).weight
-            for half in (tuner.lora_A[name], tuner.lora_B[name]):
-                half.to(weight.device, _adapter_dtype(weight)).requires_grad_(False)
 
 
 def _adapter_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -188,29 +246,41 @@ def _adapter_dtype(weight: torch.Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
 
 
-def activate(module: nn.Module, weights: Mapping[str, float]) -> None:
+def activate(index: ModuleIndex, loras: Mapping[str, Lora], weights: Mapping[str, Weight]) -> None:
     """Make these adapters, and no others, active at these weights.
+
+    Args:
+        index: the model, walked over after the last adapter went in.
+        loras: every adapter that may be named.
+        weights: those wanted. None leaves each layer's weight as it was found.
 
     Raises:
         RuntimeError: PEFT did not do so.
     """
-    grads = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    for tuner in tuner_layers(module).values():
-        here = sorted(name for name in weights if name in tuner.lora_A)  # PEFT adds in this order
-        tuner.enable_adapters(True)
-        tuner.set_adapter(here)
-        for name in here:
-            tuner.scaling[name] = weights[name] * unit_scale(tuner, name)
-        if set(tuner.active_adapters) != set(here) or tuner.disable_adapters:
+    for layer, wrapper in index.wrappers.items():
+        tuner: Any = wrapper
+        there = compat.adapters_in(wrapper)
+        at = {
+            name: loras[name].found.get(layer, 0.0) if w is None else w for name, w in weights.items() if name in there
+        }
+        here = sorted(name for name, weight in at.items() if weight)  # PEFT adds in this order
+        plain = hasattr(tuner, "r")
+        tuner.enable_adapters(plain or bool(here))
+        if plain or here:
+            tuner.set_adapter(here)
+        for name in here if plain else ():
+            tuner.scaling[name] = at[name] * unit_scale(tuner, name)
+        if plain and (set(tuner.active_adapters) != set(here) or tuner.disable_adapters):
             raise RuntimeError(f"PEFT did not activate {here}; active: {tuner.active_adapters}")
-    for parameter, grad in grads:  # set_adapter turns gradients on
-        parameter.requires_grad_(grad)
+    for parameter, gradient in index.gradients:  # set_adapter turns gradients on
+        parameter.requires_grad_(gradient)
 
 
-def delete(module: nn.Module, names: set[str]) -> None:
+def delete(index: ModuleIndex, names: set[str]) -> None:
     """Take adapters out for good."""
-    for tuner in tuner_layers(module).values():
-        for name in names & set(tuner.lora_A):
+    for wrapper in index.wrappers.values():
+        tuner: Any = wrapper
+        for name in names & set(getattr(tuner, "lora_A", ())):
             tuner.delete_adapter(name)
     for name in names:
-        getattr(module, "peft_config", {}).pop(name, None)
+        getattr(index.module, "peft_config", {}).pop(name, None)

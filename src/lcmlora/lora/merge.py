@@ -8,25 +8,29 @@ computes nothing: it copies the kept originals, so it is exact in every dtype.
 from __future__ import annotations
 
 import dataclasses
-import mmap
-import os
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from ..errors import LoraFileError, PipelineError
-from .files import Pair, load
+from ..errors import LoraFileError
+from .files import LoraFile, Pair, load, load_magnitude
+from .originals import Originals
 
-Keep = Literal["memory", "disk", None]
-Halves = tuple[float, torch.Tensor, torch.Tensor]
-"""alpha / rank, up (out, rank), down (rank, in); the matrices in float32."""
+Weight = float | None
+"""What a LoRA counts with. None: as it was found, layer by layer."""
+
+
+class Factors(NamedTuple):
+    """What a LoRA adds to one layer at weight 1: scale * up @ down."""
+
+    scale: float
+    up: torch.Tensor
+    """(out, rank), float32."""
+    down: torch.Tensor
+    """(rank, in * ...), float32."""
 
 
 class Lora(Protocol):
@@ -36,15 +40,26 @@ class Lora(Protocol):
     def layers(self) -> frozenset[str]:
         """The layers it touches."""
 
-    def opened(self) -> Any:
-        """A context whose value maps a layer's name to its `Halves`."""
+    @property
+    def found(self) -> Mapping[str, float]:
+        """The weight it was found at in each layer; empty for a file."""
+
+    def opened(self) -> AbstractContextManager[Callable[[str], Factors]]:
+        """Reads its factors, layer by layer, while the context lasts."""
+
+
+def weight_in(lora: Lora, layer: str, weight: Weight) -> float:
+    """What a LoRA counts with in one layer."""
+    if layer not in lora.layers:
+        return 0.0
+    return lora.found.get(layer, 0.0) if weight is None else weight
 
 
 @dataclasses.dataclass(frozen=True)
 class FileLora:
     """A LoRA in a file: its pairs by layer name."""
 
-    path: Path
+    file: LoraFile
     pairs: Mapping[str, Pair]
 
     @property
@@ -52,205 +67,117 @@ class FileLora:
         """The layers it touches."""
         return frozenset(self.pairs)
 
+    @property
+    def found(self) -> Mapping[str, float]:
+        """See `Lora.found`."""
+        return {}
+
+    @property
+    def label(self) -> str:
+        """Its file's path, or what else it is."""
+        return self.file.label
+
+    @property
+    def why_not_mergeable(self) -> str | None:
+        """Why it can't be merged into weights; None where it can."""
+        dora = any(pair.magnitude for pair in self.pairs.values())
+        return f"{self.label} is a DoRA, of which up @ down tells only a part" if dora else None
+
     @contextmanager
-    def opened(self) -> Iterator[Any]:
+    def opened(self) -> Iterator[Callable[[str], Factors]]:
         """See `Lora.opened`.
 
         Raises:
-            LoraFileError: when a half holds NaN or infinity.
+            LoraFileError: the file is gone, was written to or is damaged; a half holds NaN or infinity.
         """
-        with safe_open(self.path, "pt") as file:
-            yield lambda layer: (self.pairs[layer].scale, *load(self.path, self.pairs[layer], file))
+        with self.opened_whole() as read:
+            yield lambda layer: read(layer)[0]
 
-
-class Originals:
-    """The weights that merges change, as they were.
-
-    Args:
-        keep: "memory" copies them to host memory, "disk" to a temporary file that is mapped when it is read, None
-            keeps nothing: then there is no way back from the first change on, which `lost` says.
-    """
-
-    def __init__(self, keep: Keep) -> None:
-        self._store: _Memory | _Disk | None = None
-        if keep:
-            self._store = _Disk() if keep == "disk" else _Memory()
-        self._kept: dict[int, tuple[nn.Parameter, Any]] = {}
-        self.bytes = 0
-        self.lost = False
-
-    def expect(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make room for those of the weights that are not kept yet, before `of` is asked for them.
+    @contextmanager
+    def opened_whole(self) -> Iterator[Callable[[str], tuple[Factors, torch.Tensor | None]]]:
+        """The same with DoRA's magnitudes beside, None where there are none.
 
         Raises:
-            PipelineError: there is not memory enough.
+            LoraFileError: as `opened`.
         """
-        if self._store is not None:
-            self._store.reserve(sum(_room(each) for each in parameters if id(each) not in self._kept))
+        with self.file.opened() as file:
 
-    def of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The weight as it was, about to be changed; kept from the first time on that it is asked for."""
-        if self._store is None:
-            self.lost = True
-            return parameter
-        if id(parameter) not in self._kept:
-            self._kept[id(parameter)] = (parameter, self._store.save(parameter.detach()))
-            self.bytes += parameter.nbytes
-            return parameter  # as it is still unchanged, it need not come back from host memory or disk
-        return self._store.load(self._kept[id(parameter)][1]).to(parameter.device)
+            def read(layer: str) -> tuple[Factors, torch.Tensor | None]:
+                pair = self.pairs[layer]
+                return Factors(pair.scale, *load(self.file, pair, file)), load_magnitude(self.file, pair, file)
 
-    def put_back(self, parameter: nn.Parameter) -> None:
-        """Put one original back, if it was ever changed and kept."""
-        if self._store is not None and id(parameter) in self._kept:
-            with torch.no_grad():
-                parameter.copy_(self._store.load(self._kept[id(parameter)][1]))
-
-    def forget(self) -> None:
-        """Drop the originals; there is no way back then."""
-        self._kept.clear()
-        if self._store is not None:
-            self._store.close()
-        self.bytes = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Originals:
-        """For a deep copy of a pipe: its own parameters, the same kept bytes, which nothing ever changes."""
-        twin = object.__new__(Originals)
-        memo[id(self)] = twin
-        from copy import deepcopy
-
-        twin._store, twin.bytes, twin.lost = self._store, self.bytes, self.lost
-        copies = [(deepcopy(parameter, memo), token) for parameter, token in self._kept.values()]
-        twin._kept = {id(parameter): (parameter, token) for parameter, token in copies}
-        return twin
-
-
-class _Memory:
-    """Copies in host memory, one after the other: an accelerator's own memory is the scarcer one."""
-
-    def __init__(self) -> None:
-        self._room = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, size: int) -> None:
-        try:
-            self._room = _memory(size)
-        except (OSError, RuntimeError) as error:  # mmap's, torch's
-            raise PipelineError(
-                f"keep='memory' needs {size / 2**20:.0f} MiB of memory, which the system does not give: keep='disk' "
-                "needs as much room in TMPDIR, keep=None needs none but leaves no way back."
-            ) from error
-
-    def save(self, tensor: torch.Tensor) -> torch.Tensor:
-        place = self._room[: tensor.nbytes].view(tensor.dtype)
-        self._room = self._room[_room(tensor) :]
-        strides = torch.empty_like(tensor, device="meta").stride()  # its own, but where it has gaps
-        return place.as_strided(tensor.shape, strides, place.storage_offset()).copy_(tensor)
-
-    def load(self, token: torch.Tensor) -> torch.Tensor:
-        return token
-
-    def close(self) -> None:
-        """Memory goes with the last tensor in it."""
-        self.reserve(0)
-
-
-def _room(tensor: torch.Tensor) -> int:
-    """Bytes that a copy takes, so that the next one is aligned for every dtype."""
-    return -(-tensor.nbytes // 64) * 64
-
-
-def _memory(size: int) -> torch.Tensor:
-    """Fresh host memory as bytes, handed out by the system before it is needed.
-
-    On huge pages, of which SDXL's originals take 2,440 and not more than a million. And touched by all threads, each
-    in its own part: while a weight is copied they would wait for the same pages (SDXL's originals, where a virtual
-    machine with two processors had to get the memory from its host: 5.5 s, 7.3 s without this).
-    """
-    if not size or not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has it
-        return torch.empty(size, dtype=torch.uint8)
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel may be without them
-        block.madvise(mmap.MADV_HUGEPAGE)
-    room = torch.frombuffer(block, dtype=torch.uint8)
-    room[:: mmap.PAGESIZE].zero_()
-    return room
-
-
-class _Disk:
-    """Copies in one temporary file, mapped back piece by piece. The file goes with the last reference to it."""
-
-    def __init__(self) -> None:
-        descriptor, self._path = tempfile.mkstemp(prefix="lcmlora-originals-")
-        self._file = os.fdopen(descriptor, "wb")
-        self._end = 0
-        self._remove = weakref.finalize(self, _remove, self._file, self._path)
-
-    def reserve(self, size: int) -> None:
-        """Nothing to do: the file grows as it is written."""
-
-    def save(self, tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size]:
-        raw = tensor.to("cpu").contiguous().flatten().view(torch.uint8)
-        place = self._end
-        self._file.seek(place)
-        self._file.write(raw.numpy().data)
-        self._file.flush()
-        self._end = place + _room(raw)
-        self._file.truncate(self._end)
-        return place, tensor.dtype, tensor.shape
-
-    def load(self, token: tuple[int, torch.dtype, torch.Size]) -> torch.Tensor:
-        place, dtype, shape = token
-        mapped = torch.from_file(self._path, shared=False, size=self._end, dtype=torch.uint8)
-        return mapped[place : place + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-
-    def close(self) -> None:
-        self._remove()
-
-
-def _remove(file: Any, path: str) -> None:
-    file.close()
-    Path(path).unlink(missing_ok=True)
+            yield read
 
 
 def merge(
-    layers: Mapping[str, nn.Module], loras: Mapping[str, Lora], weights: Mapping[str, float], originals: Originals
+    layers: Mapping[str, nn.Module], loras: Mapping[str, Lora], weights: Mapping[str, Weight], originals: Originals
 ) -> None:
     """Set every layer to its original plus what the LoRAs add to it; layers that none touches get their original back.
 
     The parameters stay the same objects, in the same memory.
 
     Args:
-        layers: a model's layers by name (`lcmlora.unets.layers`).
+        layers: a model's layers by name (`lcmlora.layers.ModuleIndex.layers`).
         loras: by name.
-        weights: what each of them counts with.
+        weights: what each of them counts with; those that are not named are off.
         originals: receives each weight before its first change.
 
     Raises:
         LoraFileError: a LoRA holds NaN or infinity, or its sum with a weight does.
     """
+    parameters = {name: parameter_of(layer) for name, layer in layers.items()}
+    inference = any(parameter.is_inference() for parameter in parameters.values())  # not writable otherwise
+    mode = torch.inference_mode if inference else torch.no_grad
+    mode()(_merge)(layers, parameters, loras, weights, originals)  # a `with` that is interrupted may stay on
+
+
+def _merge(
+    layers: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    loras: Mapping[str, Lora],
+    weights: Mapping[str, Weight],
+    originals: Originals,
+) -> None:
     tiles = _Tiles()
-    with ExitStack() as stack, torch.no_grad():
-        halves = {name: stack.enter_context(lora.opened()) for name, lora in loras.items()}
-        # sorted: the sum must not hang on the order in which styles came
-        active = [(name, loras[name].layers) for name in sorted(loras) if weights.get(name)]
-        adding = {layer: [name for name, touched in active if layer in touched] for layer in layers}
-        parameters: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
-        originals.expect(parameters[name] for name, here in adding.items() if here)
-        for layer_name, here in adding.items():
-            weight = parameters[layer_name]
+    adding = contributions(layers, loras, weights)
+    used = {lora for here in adding.values() for lora in here}
+    with ExitStack() as stack:
+        factors = {name: stack.enter_context(lora.opened()) for name, lora in loras.items() if name in used}
+        originals.expect({name: parameters[name] for name, here in adding.items() if here})
+        for layer, here in adding.items():
+            weight = parameters[layer]
             if not here:
                 originals.put_back(weight)
                 continue
-            up, down = _stacked([(weights[name], *halves[name](layer_name)) for name in here], weight.device)
-            if not tiles.add(originals.of(weight), up, down, weight):
-                raise LoraFileError(f"{' and '.join(here)} would make weights of {layer_name} infinite or NaN.")
+            up, down = _stacked([(w, factors[name](layer)) for name, w in here.items()], weight.device)
+            if not tiles.add(originals.of(layer, weight), up, down, weight):
+                raise LoraFileError(f"{' and '.join(here)} would make weights of {layer} infinite or NaN.")
 
 
-def _stacked(
-    parts: list[tuple[float, float, torch.Tensor, torch.Tensor]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def contributions(
+    layers: Mapping[str, nn.Module], loras: Mapping[str, Lora], weights: Mapping[str, Weight]
+) -> dict[str, dict[str, float]]:
+    """For each layer the LoRAs that count in it, and what they count with.
+
+    Sorted by name: the sum does not depend on the order in which styles came.
+    """
+    active = [(name, loras[name], weights[name]) for name in sorted(loras) if name in weights]
+    return {
+        layer: {name: w for name, lora, weight in active if (w := weight_in(lora, layer, weight))} for layer in layers
+    }
+
+
+def parameter_of(layer: nn.Module) -> nn.Parameter:
+    """A layer's weight."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _stacked(parts: list[tuple[float, Factors]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """sum of w * scale * up @ down as one product: (out, r1 + r2 + ...) and (r1 + r2 + ..., in), float32."""
-    up = torch.cat([w * scale * up for w, scale, up, _ in parts], dim=1)
-    down = torch.cat([down for _, _, _, down in parts], dim=0)
+    up = torch.cat([w * own.scale * own.up for w, own in parts], dim=1)
+    down = torch.cat([own.down for _, own in parts], dim=0)
     return up.to(device), down.to(device)
 
 
@@ -292,7 +219,7 @@ class _Tiles:
 
     def _buffer(self, device: torch.device, size: int) -> torch.Tensor:
         if device not in self._buffers:
-            self._buffers[device] = torch.empty(size, device=device)
+            self._buffers[device] = torch.empty(size, device=device, dtype=torch.float32)
         return self._buffers[device]
 
 
@@ -303,29 +230,6 @@ def check_finite(loras: Mapping[str, Lora]) -> None:
         LoraFileError: one holds NaN or infinity.
     """
     for lora in loras.values():
-        with lora.opened() as halves:
+        with lora.opened() as factors:
             for layer in lora.layers:
-                halves(layer)
-
-
-def check_room(layers: Mapping[str, nn.Module], touched: set[str], keep: Keep) -> int:
-    """Bytes that the originals of the touched layers will take.
-
-    Raises:
-        PipelineError: they are to be kept on disk, and there is not room enough.
-    """
-    total = sum(
-        weight.nbytes
-        for name, layer in layers.items()
-        if keep and name in touched and isinstance(weight := layer.weight, torch.Tensor)
-    )
-    if keep == "disk":
-        folder = Path(tempfile.gettempdir())
-        stat = os.statvfs(folder)
-        free = stat.f_bavail * stat.f_frsize
-        if free < total:
-            raise PipelineError(
-                f"keep='disk' needs {total / 2**20:.0f} MiB in {folder}, and {free / 2**20:.0f} are free: set TMPDIR "
-                "to a folder with room, or keep='memory'."
-            )
-    return total
+                factors(layer)

@@ -1,91 +1,27 @@
-"""From a pipeline and a request to a plan, or a refusal. Nothing here changes the pipe: every check comes first."""
+"""From a snapshot and a target to what goes into each model, or a refusal. Nothing here changes the pipe."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from diffusers import LCMScheduler, UNet2DConditionModel, UNetMotionModel
-from torch import nn
+from diffusers import LCMScheduler
 
-from .. import base as registry
-from ..calls import caller_depth
-from ..compiling import Compile
-from ..errors import BaseModelError, LcmLoraWarning, LoraFileError, LoraMismatchError, PipelineError
-from ..layers import layers, lcm_layers, unet_of
-from ..lora.adapters import Adapters, tuner_layers
-from ..lora.files import LoraInfo, cover, find_file, read
-from ..lora.merge import FileLora, Keep, Lora, check_room
+from .. import base as bases
+from ..errors import BaseModelError, LoraMismatchError, PipelineError
+from ..lora.files import Coverage, LoraInfo, cover, read
+from ..lora.merge import FileLora, Lora, Weight, contributions, parameter_of
+from ..lora.originals import check_room
+from ..lora.sources import HubOptions, Source
+from ..warn import warn
+from .records import AS_FOUND, Applied, Content, stands_for
+from .snapshot import Component, Snapshot, check_rules, not_in_memory, signs_of_speed
+from .target import Target
 
-LCM = "lcmlora_lcm"
-"""The name of our own adapter. Styles have the names they are given."""
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-
-Fuse = Literal["auto", True, False]
-
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """A style LoRA and how strongly it counts.
-
-    Args:
-        source: a repository of the hub, a folder, or a safetensors file.
-        weight: what its change of the weights is multiplied with; 1 is as trained, 0.8 leaves LCM room (LCM-LoRA
-            report).
-        weight_name: the file's name in the repository or folder, if it is not `pytorch_lora_weights.safetensors`.
-    """
-
-    source: str | Path
-    weight: float = 0.8
-    weight_name: str | None = None
-
-    @staticmethod
-    def of(source: str | Path | Style) -> Style:
-        """A source alone stands for the style at its usual weight."""
-        return source if isinstance(source, Style) else Style(source)
-
-
-Styles = Mapping[str, "str | Path | Style"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the caller of `accelerate` asked of the weights. Two equal requests are the same acceleration."""
-
-    base: str
-    lora: str | Path | None
-    weight_name: str | None
-    weight: float | None
-    styles: tuple[tuple[str, Style], ...]
-    fuse: Fuse
-    keep: Keep
-    hub: tuple[tuple[str, Any], ...]
-    compile: Compile = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One model that LoRAs go into: the UNet or a text encoder.
-
-    Attributes:
-        name: the pipeline's name for it.
-        module: the model.
-        adapters: what PEFT had in it.
-        loras: by name: the LCM-LoRA, styles, and the adapters that were there.
-        merged: whether they are merged into the weights, or stay PEFT adapters.
-    """
-
-    name: str
-    module: nn.Module
-    adapters: Adapters
-    loras: Mapping[str, Lora]
-    merged: bool
+Files = dict[str, dict[str, FileLora]]
+"""The LoRA files of each component, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,321 +29,267 @@ class Plan:
     """What will be done, all of it checked.
 
     Attributes:
-        base: the base, or None for a UNet of no known structure with a LoRA of its own.
-        lcm: the LCM-LoRA's file.
-        parts: what is changed: the UNet first.
-        weights: each LoRA's, by name.
-        scheduler: the one that the pipe will get.
-        kept_bytes: what the originals of the merged layers take.
+        applied: what the UNet is made to be.
+        contents: what goes into each component.
     """
 
-    base: registry.Base | None
-    lcm: Path
-    parts: tuple[Part, ...]
-    weights: Mapping[str, float]
-    scheduler: LCMScheduler
-    kept_bytes: int
-
-    @property
-    def fused(self) -> bool:
-        """Whether the UNet's weights are merged."""
-        return self.parts[0].merged
+    applied: Applied
+    contents: Mapping[str, Content]
 
 
-def make(pipe: Any, request: Request) -> Plan:
+def make_plan(snapshot: Snapshot, target: Target) -> Plan:
     """Check everything that can be checked without touching the pipe.
 
     Raises:
         PipelineError, BaseModelError, LoraFileError, LoraMismatchError: see `accelerate`.
     """
-    unet = _usable_unet(pipe)
-    _usable_schedule(pipe)
-    base = _base(unet, request)
-    lcm = lcm_lora(unet, base, request)
-    files: dict[str, dict[str, FileLora]] = {"unet": {LCM: lcm}}
-    adapters = Adapters(unet)
-    taken = {LCM, *adapters.names}
-    for name, style in request.styles:
-        check_style_name(name, taken)
-        for part, lora in style_loras(pipe, name, style, dict(request.hub)).items():
-            files.setdefault(part, {})[name] = lora
-    fuse = _fuse(unet, adapters, request.fuse)
-    parts = tuple(
-        part_for(pipe, name, fuse, files.get(name))
-        for name in ("unet", *TEXT_ENCODERS)
-        if name in files or (fuse and _adapted(getattr(pipe, name, None)))
-    )
-    weight = request.weight if request.weight is not None else (base.weight if base else 1.0)
-    weights = {name: w for part in parts for name, w in part.adapters.weights.items()}
-    _hint(pipe, weights)
-    return Plan(
-        base=base,
-        lcm=lcm.path,
-        parts=parts,
-        weights={**weights, **{name: style.weight for name, style in request.styles}, LCM: weight},
-        scheduler=lcm_scheduler(pipe, base),
-        kept_bytes=sum(_room(part, request.keep) for part in parts if part.merged),
-    )
+    check_rules(snapshot)
+    base = _base(snapshot, target)
+    lcm = lcm_lora(snapshot, base, target)
+    _check_adapter_name(snapshot, target)
+    files: Files = {"unet": {target.adapter_name: lcm}}
+    for name in target.styles:
+        if name in target.sources:
+            for part, lora in style_loras(snapshot, name, target.sources[name], target.hub).items():
+                files.setdefault(part, {})[name] = lora
+    weight = target.weight if target.weight is not None else (base.weight if base else 1.0)
+    weights = {**target.styles, target.adapter_name: weight}
+    if snapshot.unet.record is None:
+        _warn_if_doubtful(snapshot)
+    contents = _contents(snapshot, target, files, weights)
+    _check_room(snapshot, contents, target)
+    return Plan(Applied(target, base, lcm, float(weight)), contents)
 
 
-_CANNOT = {
-    "CycleDiffusionPipeline": "it needs DDIM's eta",
-    "StableDiffusionDiffEditPipeline": "the latents of its invert() lie at DDIM's timesteps, not at LCM's",
-    "StableDiffusionLatentUpscalePipeline": "it reads scheduler.sigmas, which LCMScheduler has not",
-    "StableDiffusionParadigmsPipeline": "it needs a parallel scheduler",
-}
-"""Pipelines with a UNet of the right shape whose own `__call__` rules LCM out; no structure tells."""
-
-
-def _usable_unet(pipe: Any) -> nn.Module:
-    unet = unet_of(pipe)
-    if isinstance(pipe, nn.Module) or not callable(pipe):
-        raise PipelineError(f"accelerate takes a diffusers pipeline, not {type(pipe).__name__}.")
-    name = type(pipe).__name__
-    if not isinstance(unet, UNet2DConditionModel | UNetMotionModel):
-        raise PipelineError(
-            f"{name} has no UNet2DConditionModel or UNetMotionModel as `unet`; LCM-LoRAs exist for the UNets of "
-            "Stable Diffusion and SDXL."
-        )
-    for ancestor in type(pipe).__mro__:
-        if reason := _CANNOT.get(ancestor.__name__):
-            raise PipelineError(f"{name} can't be driven by LCMScheduler: {reason}.")
-    if "num_inference_steps" not in inspect.signature(type(pipe).__call__).parameters or not hasattr(
-        pipe, "scheduler"
-    ):
-        raise PipelineError(
-            f"{name} takes no num_inference_steps (its steps are those of an inversion); LCM can't drive it."
-        )
-    if unet.config.get("time_cond_proj_dim") is not None:
-        raise PipelineError(
-            "this UNet is a full latent consistency model already (time_cond_proj_dim is set): it needs no LCM-LoRA, "
-            "only LCMScheduler and 4 to 8 steps."
-        )
-    if any(getattr(module, "fused_projections", False) for module in unet.modules()):
-        raise PipelineError(
-            "fuse_qkv_projections() is on: LoRAs would have no effect there. Call pipe.unfuse_qkv_projections() "
-            "first, and fuse them again after accelerate()."
-        )
-    if Adapters(unet).merged:
-        raise PipelineError(
-            "some of this UNet's layers have a LoRA merged by fuse_lora(), which can't be told from the weights any "
-            "more. Call pipe.unfuse_lora() first; lcmlora merges active LoRAs itself."
-        )
-    for layer_name, layer in layers(unet).items():
-        if isinstance(layer.weight, torch.Tensor) and layer.weight.device.type == "meta":
+def _check_adapter_name(snapshot: Snapshot, target: Target) -> None:
+    for component in snapshot.components.values():
+        if target.adapter_name in component.found.names:
             raise PipelineError(
-                f"the UNet's weights are off-loaded ({layer_name} is on the meta device): accelerate the pipe before "
-                "enable_sequential_cpu_offload(), or any other off-loading of single layers. "
-                "enable_model_cpu_offload() may come before or after."
+                f"adapter_name={target.adapter_name!r}: this pipe has an adapter of that name already; give another."
             )
-    return unet  # type: ignore[no-any-return]
 
 
-def _usable_schedule(pipe: Any) -> None:
-    config = pipe.scheduler.config
-    name = type(pipe.scheduler).__name__
-    if "EDM" in name or ("beta_start" not in config and "trained_betas" not in config):
-        raise PipelineError(
-            f"{name} has no beta schedule (an EDM base?): LCM-LoRAs are made for models with betas, such as "
-            "Stable Diffusion 1.x and SDXL."
-        )
+def _warn_if_doubtful(snapshot: Snapshot) -> None:
+    """Warn where the pipe is none that LCM-LoRAs are made for, but may work."""
+    config = stands_for(snapshot.pipe.scheduler).config
     if config.get("prediction_type", "epsilon") != "epsilon":
-        _warn(
+        warn(
             f"this pipe predicts {config['prediction_type']!r}; the official LCM-LoRAs were distilled for epsilon, "
             "so pictures may be poor. One distilled from this pipe (lcmlora.distill) is the way out."
         )
-
-
-_FAST = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|tcd|pcm|dmd2?|flash)(?![a-z])", re.IGNORECASE)
-
-
-def _hint(pipe: Any, adapters: Mapping[str, float]) -> None:
-    """Warn where something says that the pipe is a few-step model already. No structure tells, so this refuses
-    nothing.
-    """
-    config: Any = getattr(pipe, "config", {})
-    unet = unet_of(pipe)
-    paths = (config.get("_name_or_path", ""), getattr(unet, "config", {}).get("_name_or_path", ""))
-    said = [*(Path(str(path)).name for path in paths), *adapters]
-    signs = [repr(text) for text in said if _FAST.search(text)]
-    scheduler = type(pipe.scheduler).__name__
-    if scheduler.startswith(("LCM", "TCD")):
-        signs.append(scheduler)
-    if signs:
-        _warn(
+    if signs := signs_of_speed(snapshot):
+        warn(
             f"this pipe may be a few-step model already ({', '.join(signs)}): an LCM-LoRA on top of Turbo, Lightning, "
             "Hyper or another LCM spoils pictures."
         )
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, LcmLoraWarning, stacklevel=caller_depth())
-
-
-def _base(unet: nn.Module, request: Request) -> registry.Base | None:
+def _base(snapshot: Snapshot, target: Target) -> bases.Base | None:
     """The base found and, where one is named, that it is the one. None: a UNet and LoRA of their own."""
-    if request.base != "auto":
-        named = registry.by_name(request.base)
-        if not named.matches(unet):
-            found = registry.find_base(unet)
-            other = f"{found.title} (base={found.name!r})" if found else f"another. {registry.unknown(unet)}"
-            raise BaseModelError(
-                f"base={named.name!r} was given, {named.title}, but the pipe's UNet is {other}. "
-                "base='auto' finds it by itself."
-            )
-        return named
-    found = registry.find_base(unet)
-    if found is None and request.lora is None:
-        raise BaseModelError(registry.unknown(unet))
+    if target.base != "auto":
+        return bases.check_named(target.base, snapshot.structure, snapshot.unet.index.has_motion)
+    found = bases.find_base(snapshot.structure)
+    if found is None and target.lora.where is None:
+        raise BaseModelError(bases.unknown(snapshot.structure))
     return found
 
 
-def lcm_lora(unet: nn.Module, base: registry.Base | None, request: Request) -> FileLora:
+def lcm_lora(snapshot: Snapshot, base: bases.Base | None, target: Target) -> FileLora:
     """The LCM-LoRA asked for or the base's own; it has to cover every layer that an LCM-LoRA adapts, and no other
     UNet's.
     """
-    source, weight_name = request.lora, request.weight_name
-    if source is None:
+    source = target.lora
+    if source.where is None:
         assert base is not None
         if base.lora is None:
             raise BaseModelError(f"base {base.name!r} has no LCM-LoRA; pass lora=.")
-        source, weight_name = base.lora, base.weight_name
-    info = read(find_file(source, weight_name, **dict(request.hub)))
+        own = source.weight_name or base.weight_name
+        source = Source.of(base.lora, own, source.subfolder, source.revision)
+    file = source.find(target.hub)
+    info = read(file)
     if info.text_modules:
         raise LoraMismatchError(
             f"{info.describe()} has text-encoder keys, which an LCM-LoRA has not: is it a style LoRA? Pass styles=."
         )
-    coverage = cover("unet", info.modules, layers(unet))
-    left_out = [name for name in lcm_layers(unet) if name not in coverage.pairs]
+    index = snapshot.unet.index
+    coverage = cover("unet", info.modules, index.own)
+    notes = (*info.notes, *coverage.notes)
+    left_out = [name for name in index.lcm if name not in coverage.pairs]
     if left_out or coverage.clashes or coverage.foreign:
-        raise LoraMismatchError(_mismatch(info, unet, base, left_out, coverage.clashes, coverage.foreign))
-    return FileLora(info.path, coverage.pairs)
+        dropped = f" Left out, as diffusers does: {'; '.join(notes)}." if notes else ""
+        words = _mismatch(info, snapshot.structure, base, left_out, coverage.clashes, coverage.foreign)
+        raise LoraMismatchError(words + dropped)
+    if notes:
+        warn(f"the LCM-LoRA, {info.describe()}: left out, as diffusers does: {'; '.join(notes)}.")
+    return FileLora(file, coverage.pairs)
 
 
 def _mismatch(
     info: LoraInfo,
-    unet: nn.Module,
-    base: registry.Base | None,
+    structure: bases.Structure,
+    base: bases.Base | None,
     left_out: list[str],
     clashes: tuple[str, ...],
     foreign: tuple[str, ...],
 ) -> str:
-    total = len(lcm_layers(unet))
+    total = structure.layers or 0
     parts = [f"covers {total - len(left_out)} of the {total} layers an LCM-LoRA of this UNet has to cover"]
     if clashes:
         parts.append(f"has other shapes in {len(clashes)} (such as {clashes[0]})")
     if foreign:
         parts.append(f"names {len(foreign)} modules that the UNet has not, or names twice (such as {foreign[0]})")
-    fits = registry.made_for(info.cross_attention_dim, len(info.modules))
+    fits = bases.made_for(info.cross_attention_dim, len(info.modules))
     way_out = (
         f" For this pipe use {base.lora}." if base and base.lora else " Pass lora= with a file made for this UNet."
     )
-    title = base.title if base else registry.title_of(unet)
+    title = base.title if base else bases.title_of(structure)
     return (
-        f"{info.path} does not fit this pipe, {title}: it {', '.join(parts)}."
+        f"{info.file.label if info.file else info.path} does not fit this pipe, {title}: it {', '.join(parts)}."
         + (f" It looks like an LCM-LoRA of {fits}." if fits and fits != title else "")
         + way_out
     )
 
 
-def check_style_name(name: str, taken: set[str]) -> None:
-    """Refuse a name that PEFT, or we, could not use.
-
-    Raises:
-        PipelineError: it is taken, reserved, empty, or has a dot in it.
-    """
-    if not isinstance(name, str) or not name or "." in name or name == LCM or name in taken:
-        raise PipelineError(f"style name {name!r} can't be used: taken already, reserved, empty, or with a dot in it.")
-
-
-def style_loras(pipe: Any, name: str, style: Style, hub: dict[str, Any]) -> dict[str, FileLora]:
+def style_loras(snapshot: Snapshot, name: str, source: Source, hub: HubOptions) -> dict[str, FileLora]:
     """A style's LoRA for each part of the pipe. It may cover little, but not nothing, and must not clash.
+
+    What it has for a text encoder that is not there, or for more layers than that has, is left out with a warning.
 
     Raises:
         LoraFileError, LoraMismatchError: see `accelerate`.
     """
-    info = read(find_file(style.source, style.weight_name, **hub))
-    loras = {}
+    file = source.find(hub)
+    info = read(file)
+    loras: dict[str, FileLora] = {}
+    notes = [f"left out, as diffusers does: {note}" for note in info.notes]
     for part, modules in {"unet": info.modules, **info.text_modules}.items():
-        module = unet_of(pipe) if part == "unet" else getattr(pipe, part, None)
-        coverage = cover(part, modules, layers(module) if isinstance(module, nn.Module) else {})
-        odd = (*coverage.clashes, *coverage.foreign)
-        if odd:
-            unet = unet_of(pipe)
-            assert unet is not None
-            raise LoraMismatchError(
-                f"style {name!r}, {info.describe()}, does not fit this pipe's {part} (text width of the UNet "
-                f"{registry.signature(unet)[0]}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have "
-                f"other shapes, {len(coverage.foreign)} do not exist, such as {odd[0]}."
-            )
+        component = snapshot.components.get(part)
+        coverage = cover(part, modules, component.index.layers if component else {})
+        skipped = None if part == "unet" else _skipped(part, component, coverage)
+        if coverage.clashes or (coverage.foreign and not skipped):
+            raise LoraMismatchError(_style_mismatch(snapshot, name, info, part, coverage))
+        notes += [f"left out, as diffusers does: {note}" for note in coverage.notes]
+        notes += [skipped] if skipped else []
         if coverage.pairs:
-            loras[part] = FileLora(info.path, coverage.pairs)
+            loras[part] = FileLora(file, coverage.pairs)
+    if not loras:
+        raise LoraMismatchError(f"style {name!r}, {info.describe()}, has nothing for this pipe: {'; '.join(notes)}.")
+    if notes:
+        warn(f"style {name!r}, {info.describe()}: {'; '.join(notes)}.")
     return loras
 
 
-def _adapted(module: Any) -> bool:
-    return isinstance(module, nn.Module) and bool(tuner_layers(module))
+def _skipped(part: str, component: Component | None, coverage: Coverage) -> str | None:
+    """What of a style's text keys is left out and why; None where nothing is, or where nothing fits at all."""
+    count = len(coverage.foreign)
+    if component is None:
+        return f"{count} modules are left out, as this pipe has no {part}"
+    if not count or not coverage.pairs:
+        return None
+    return (
+        f"{count} modules are left out, as this pipe's {part} has no such layers (it may be cut for clip skip), such "
+        f"as {coverage.foreign[0]}"
+    )
 
 
-def part_for(pipe: Any, name: str, fuse: bool, files: Mapping[str, Lora] | None = None) -> Part:
-    """A part of the pipe as it is, and the LoRA files that are to go into it."""
-    module = unet_of(pipe) if name == "unet" else getattr(pipe, name)
-    assert isinstance(module, nn.Module)
-    adapters = Adapters(module)
-    # "auto" may have found that the UNet can't be merged; a text encoder that can't gets adapters, which cost little
-    # there
-    fuse = fuse and _not_mergeable(module, adapters) is None
-    return Part(name, module, adapters, {**adapters.loras, **(files or {})}, fuse)
+def _style_mismatch(snapshot: Snapshot, name: str, info: LoraInfo, part: str, coverage: Coverage) -> str:
+    odd = (*coverage.clashes, *coverage.foreign)
+    return (
+        f"style {name!r}, {info.describe()}, does not fit this pipe's {part} (text width of the UNet "
+        f"{snapshot.structure.cross_attention_dim}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have "
+        f"other shapes, {len(coverage.foreign)} do not exist, such as {odd[0]}."
+    )
 
 
-def _room(part: Part, keep: Keep) -> int:
-    touched = {layer for lora in part.loras.values() for layer in lora.layers}
-    return check_room(layers(part.module), touched, keep)
+def _contents(snapshot: Snapshot, target: Target, files: Files, weights: Mapping[str, Weight]) -> dict[str, Content]:
+    """What goes into each component. The UNet first: whether it is merged decides for the others."""
+    contents: dict[str, Content] = {}
+    for name, component in snapshot.components.items():
+        late = _late(component)
+        loras: dict[str, Lora] = {**component.found.loras, **_absorbed(component), **late, **files.get(name, {})}
+        here = {n: w for n, w in weights.items() if n in loras}
+        fuse = target.fuse is not False and (name == "unet" or contents["unet"].merged)
+        given_up = any(any(lora.found.values()) and n not in here for n, lora in late.items())
+        differs = bool(files.get(name)) or given_up or _differs(component, here)
+        if not differs and not (fuse and component.found.active):
+            contents[name] = AS_FOUND
+            continue
+        if component.record is None and (why := not_in_memory(component)):
+            raise PipelineError(why)
+        why_not = _why_not_mergeable(component, loras, here) if target.fuse is not False else None
+        if why_not and target.fuse is True:
+            raise PipelineError(f"fuse=True is impossible here: {why_not}. fuse=False leaves PEFT adapters instead.")
+        merged = fuse and why_not is None
+        if not merged:
+            _check_weights(component, here)
+        contents[name] = Content(loras, here, merged)
+    return contents
 
 
-def _fuse(unet: nn.Module, adapters: Adapters, wanted: Fuse) -> bool:
-    """Whether the weights can be merged. "auto" leaves adapters where they can't, True refuses."""
-    odd = _not_mergeable(unet, adapters)
-    if odd and wanted is True:
-        raise PipelineError(f"fuse=True is impossible here: {odd}. fuse=False leaves PEFT adapters instead.")
-    return wanted is not False and odd is None
+def _late(component: Component) -> dict[str, Lora]:
+    """The adapters that somebody loaded after lcmlora had changed the component, and not through lcmlora."""
+    if component.record is None:
+        return {}
+    ours = {*component.record.content.loras, *component.found.names}
+    return {name: lora for name, lora in component.adapters.loras.items() if name not in ours}
 
 
-def _not_mergeable(module: nn.Module, adapters: Adapters) -> str | None:
-    """Why a model's weights can't be merged into; None where they can."""
-    if not adapters.plain:
-        return "an adapter in it is no plain LoRA (DoRA or the like)"
-    for name, layer in layers(module).items():
-        weight = layer.weight
-        plain = type(weight) is nn.Parameter and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
-        if not plain:
-            return f"{name} has quantised weights ({type(weight).__name__}, {getattr(weight, 'dtype', None)})"
-    return None
+def _absorbed(component: Component) -> dict[str, Lora]:
+    """Those of them that lcmlora has taken in since."""
+    there = component.record.content.loras if component.record else {}
+    return {name: lora for name, lora in there.items() if not isinstance(lora, FileLora)}
 
 
-def lcm_scheduler(pipe: Any, base: registry.Base | None) -> LCMScheduler:
-    """An LCMScheduler for the pipe: its own betas and prediction type, without the settings that ruin LCM.
+def _differs(component: Component, weights: Mapping[str, Weight]) -> bool:
+    """Whether these weights are others than what PEFT's adapters were found at."""
+    wanted = {name for name, weight in weights.items() if weight is None}
+    return any(weight is not None for weight in weights.values()) or wanted != set(component.found.active)
+
+
+def _why_not_mergeable(component: Component, loras: Mapping[str, Lora], weights: Mapping[str, Weight]) -> str | None:
+    if component.record is None or not component.record.content.merged:
+        why = component.why_not_mergeable
+    else:
+        why = component.found.why_not_mergeable
+    reasons = (getattr(loras[name], "why_not_mergeable", None) for name in weights)
+    return why or next((reason for reason in reasons if reason), None)
+
+
+def _check_weights(component: Component, weights: Mapping[str, Weight]) -> None:
+    for name, weight in weights.items():
+        if weight is not None and (layer := component.found.only_as_found(name)):
+            raise PipelineError(
+                f"style {name!r} has no weight that could be set in {layer} of the {component.name}: it can be left "
+                "as it was found, or switched off by leaving its name out."
+            )
+
+
+def _check_room(snapshot: Snapshot, contents: Mapping[str, Content], target: Target) -> None:
+    touched = [
+        parameter_of(snapshot.components[name].index.layers[layer])
+        for name, content in contents.items()
+        if content.merged
+        for layer, here in contributions(
+            snapshot.components[name].index.layers, content.loras, content.weights
+        ).items()
+        if here
+    ]
+    check_room(touched, target.keep)
+
+
+def lcm_scheduler(scheduler: Any, base: bases.Base | None) -> LCMScheduler:
+    """An LCMScheduler in the place of another: its betas and prediction type, without the settings that ruin LCM.
 
     `clip_sample` and `thresholding` would clamp latents; `rescale_betas_zero_snr` makes alpha 0 at the first step, by
     which an epsilon prediction is divided (scheduling_lcm.py, step).
     """
     known = set(inspect.signature(LCMScheduler.__init__).parameters)
-    config = {key: value for key, value in pipe.scheduler.config.items() if key in known}
+    config = {key: value for key, value in scheduler.config.items() if key in known}
     harmless = {"clip_sample": False, "thresholding": False, "original_inference_steps": 50}
     if config.get("prediction_type", "epsilon") == "epsilon":
         harmless["rescale_betas_zero_snr"] = False
     if base is not None and base.beta_schedule:
         config["beta_schedule"] = base.beta_schedule
-    scheduler = LCMScheduler.from_config({**config, **harmless})
-    assert isinstance(scheduler, LCMScheduler)
-    return scheduler
-
-
-def check_weight(what: str, weight: Any) -> None:
-    """Refuse weights that are no numbers.
-
-    Raises:
-        LoraFileError: naming what it was meant for.
-    """
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 100:
-        raise LoraFileError(f"{what}: weight {weight!r} is no number between -100 and 100; 1 is as trained.")
+    made = LCMScheduler.from_config({**config, **harmless})
+    assert isinstance(made, LCMScheduler)
+    return made

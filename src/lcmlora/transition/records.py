@@ -1,163 +1,294 @@
-"""What was done to a UNet and to each pipe around it, and the way back: kept on them, run by `restore`."""
+"""What was done to a model and to each pipe around it, kept on the model and on the pipe."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .. import calls
-from .. import vae as decoders
-from ..base import Base
+import torch
+from torch import nn
+
+from .. import compat
 from ..errors import PipelineError
-from ..layers import layers, unet_of
-from ..lora import adapters, merge
-from .plan import Part, Request
+from ..layers import ModuleIndex
+from ..lora.adapters import Adapters
+from ..lora.merge import Lora, Weight
+from ..lora.originals import Originals
 
-Pipe = TypeVar("Pipe")
-RECORD = "_lcmlora"  # the attribute that holds our record, on the UNet and on each accelerated pipe
-SPOILED = "_lcmlora_spoiled"  # on a UNet whose weights are neither the old nor the new ones
+if TYPE_CHECKING:
+    from ..base import Base
+    from ..lora.merge import FileLora
+    from ..prompts import PromptCache
+    from .target import PipeSettings, Target
+
+RECORD = "_lcmlora"  # the attribute that holds our record, on each changed model and on each accelerated pipe
+_SAMPLES = 8
 LOST = (
     "some of the UNet's weights are merged and some are not, and with keep=None no originals were kept. Load the pipe "
     "anew with from_pretrained."
 )
 lock = threading.RLock()
+"""Held for the length of a transition: accelerate, set_styles and restore take turns."""
 
 
-class Undo:
-    """The steps back, newest first. Bound methods and partials only, so that a deep copy of a pipe undoes the copy."""
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What is in a model.
+
+    Attributes:
+        loras: every LoRA that may count, by name.
+        weights: those that count, and how strongly; None is as found.
+        merged: whether they are merged into the weights, or stay PEFT adapters.
+        touched: whether anything differs from what was found.
+    """
+
+    loras: Mapping[str, Lora] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
+    merged: bool = False
+    touched: bool = True
+
+
+AS_FOUND = Content(touched=False)
+UNKNOWN = Content()
+"""In the middle of a change."""
+
+
+class Gate:
+    """Calls of a model may run side by side; who changes it waits for them, and they for it."""
 
     def __init__(self) -> None:
-        self._steps: list[Callable[[], Any]] = []
+        self._condition = threading.Condition()
+        self._callers: list[int] = []
+        self._owner: tuple[int, int] | None = None  # thread, depth
 
-    def push(self, step: Callable[..., Any], *args: Any) -> None:
-        """Register a step *before* doing what it undoes: an interruption in between must not lose it."""
-        self._steps.append(functools.partial(step, *args))
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Use the model as it is."""
+        me = threading.get_ident()
+        with self._condition:
+            self._condition.wait_for(lambda: self._owner is None or self._owner[0] == me)
+            self._callers.append(me)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._callers.remove(me)
+                self._condition.notify_all()
 
-    def run(self) -> None:
-        """Go back. A step that raises stays, with those after it: another call goes on there."""
-        while self._steps:
-            self._steps[-1]()
-            self._steps.pop()
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Have the model alone.
 
-    def roll_back(self) -> None:
-        """Go back as far as possible: a step that raises does not keep the others from running."""
-        failed: BaseException | None = None
-        while self._steps:
-            try:
-                self._steps.pop()()
-            except BaseException as error:
-                failed = failed or error
-        if failed:
-            raise failed
+        Raises:
+            PipelineError: this thread is in a call itself, and others are too: they would wait for each other.
+        """
+        me = threading.get_ident()
+        with self._condition:
+            if me in self._callers and any(caller != me for caller in self._callers):
+                raise PipelineError(
+                    "the pipe can't be changed from inside a call while another thread draws with the same UNet: "
+                    "change it between calls, or use lcmlora.styled(pipe, styles)."
+                )
+            self._condition.wait_for(lambda: self._is_free_for(me))
+            depth = self._owner[1] if self._owner else 0
+            self._owner = (me, depth + 1)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._owner = (me, depth) if depth else None
+                self._condition.notify_all()
 
-    def __enter__(self) -> Undo:
+    def _is_free_for(self, me: int) -> bool:
+        others = any(caller != me for caller in self._callers)
+        return not others and (self._owner is None or self._owner[0] == me)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
+        return Gate()
+
+
+class _Unpicklable:
+    """A record is about objects of this process."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PipelineError(
+            "an accelerated pipe can't be pickled (torch.save, multiprocessing): lcmlora.restore(pipe) first, or "
+            "lcmlora.bake(pipe, folder) and load the folder there."
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class ModuleRecord(_Unpicklable):
+    """What was done to one model, through whichever pipes.
+
+    Attributes:
+        module: the model.
+        adapters: what PEFT had in it before.
+        parameters: the weight of each layer as an object, at the first change.
+        originals: the weights that merging changed.
+        content: what is in it now.
+        samples: a few values of each weight, as the last change left them.
+        pipes: those that rely on it; the last one restored gives the weights back.
+        applied: what the UNet was made to be. None on a text encoder.
+        compiled: the modules that lcmlora compiled.
+        gate: calls and changes wait for each other there.
+        spoiled: whether a change was stopped in the middle with no way back.
+    """
+
+    module: nn.Module
+    adapters: Adapters
+    parameters: dict[str, nn.Parameter]
+    originals: Originals
+    content: Content = AS_FOUND
+    samples: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    pipes: weakref.WeakSet[Any] = dataclasses.field(default_factory=weakref.WeakSet)
+    applied: Applied | None = None
+    compiled: list[nn.Module] = dataclasses.field(default_factory=list)
+    gate: Gate = dataclasses.field(default_factory=Gate)
+    spoiled: bool = False
+
+    @staticmethod
+    def of(index: ModuleIndex, adapters: Adapters) -> ModuleRecord:
+        """The record of a model that was not changed yet."""
+        parameters = {name: p for name, layer in index.layers.items() if isinstance(p := layer.weight, nn.Parameter)}
+        record = ModuleRecord(index.module, adapters, parameters, Originals(None))
+        record.samples = sampled(parameters)
+        return record
+
+    def is_on(self, module: Any) -> bool:
+        """Whether this record still stands on its model, and the model is this one."""
+        return module is self.module and module_record_of(module) is self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleRecord:
+        fields = [field.name for field in dataclasses.fields(self) if field.name != "pipes"]
+        twin = object.__new__(ModuleRecord)
+        memo[id(self)] = twin
+        twin.__dict__.update({name: deepcopy(getattr(self, name), memo) for name in fields}, pipes=weakref.WeakSet())
+        return twin
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """What a UNet was made to be, resolved.
+
+    Attributes:
+        target: as the caller said it.
+        base: the base, None for a UNet of no known structure.
+        lcm: the LCM-LoRA.
+        weight: what it counts with.
+    """
+
+    target: Target
+    base: Base | None
+    lcm: FileLora
+    weight: float
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is not None:
-            self.roll_back()
 
-
-@dataclasses.dataclass
-class UnetRecord:
-    """What was done to the weights. `pipes` are the shells that rely on it; the last one restored gives them back."""
-
-    request: Request
-    base: Base | None
-    lcm: Path
-    parts: dict[str, Part]
-    weights: dict[str, float]
-    originals: merge.Originals
-    undo: Undo
-    schedulers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)  # (ours, the one it stands for)
-    pipes: weakref.WeakSet[Any] = dataclasses.field(default_factory=weakref.WeakSet)
-
-    @property
-    def fused(self) -> bool:
-        """Whether the UNet's LoRAs are merged."""
-        return self.parts["unet"].merged
-
-    def settle(self, parts: dict[str, Part], weights: dict[str, float]) -> None:
-        """What is in the parts now."""
-        self.parts, self.weights = parts, weights
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> UnetRecord:
-        names = [field.name for field in dataclasses.fields(self) if field.name != "pipes"]
-        return UnetRecord(**{name: deepcopy(getattr(self, name), memo) for name in names})
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Shell:
-    """What the caller of `accelerate` asked of one pipe, apart from its UNet."""
+    """What a pipe is apart from its models."""
 
-    policy: calls.Policy
-    vae: decoders.Vae
-    cache_prompts: int
+    cls: type
+    scheduler: Any
+    vae: Any
 
 
-@dataclasses.dataclass
-class PipeRecord:
-    """What was done to one shell."""
+@dataclasses.dataclass(eq=False)
+class PipeRecord(_Unpicklable):
+    """What was done to one pipe.
 
-    asked: Shell
-    undo: Undo
+    Attributes:
+        owner: the pipe, held weakly. A copy of the pipe has the same record, and another owner.
+        settings: what the caller asked of it.
+        modules: the models that it relies on, by the pipeline's names.
+        found: what it was before.
+        made: what it was made.
+        running: held by the thread that calls the pipe.
+        told: what a call has warned of already.
+        cache: what the text encoders made of the last prompts; None where nothing is remembered.
+    """
+
+    owner: weakref.ref[Any]
+    settings: PipeSettings
+    modules: dict[str, ModuleRecord]
+    found: Shell
+    made: Shell
+    running: Any = dataclasses.field(default_factory=threading.RLock)
+    told: set[str] = dataclasses.field(default_factory=set)
+    cache: PromptCache | None = None
 
     @property
-    def policy(self) -> calls.Policy:
-        """How its calls are completed and checked."""
-        return self.asked.policy
+    def unet(self) -> ModuleRecord:
+        """The record of the UNet that was accelerated."""
+        return self.modules["unet"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipeRecord:
+        names = ("settings", "modules", "found", "made")
+        return PipeRecord(self.owner, **{name: deepcopy(getattr(self, name), memo) for name in names})
 
 
-def record_of(pipe: Any) -> UnetRecord | None:
-    """What was done to the pipe's UNet, through whichever pipe; None for nothing."""
-    return getattr(unet_of(pipe), RECORD, None)
+def module_record_of(module: Any) -> ModuleRecord | None:
+    """What was done to this model; None for nothing."""
+    record = getattr(compat.uncompiled(module), "__dict__", {}).get(RECORD)
+    return record if isinstance(record, ModuleRecord) else None
 
 
 def pipe_record_of(pipe: Any) -> PipeRecord | None:
-    """What was done to this very pipe; None for nothing."""
+    """What was done to this very pipe; None for nothing. A copy of an accelerated pipe gets a record of its own."""
     record = getattr(pipe, "__dict__", {}).get(RECORD)
-    return record if isinstance(record, PipeRecord) else None
+    if not isinstance(record, PipeRecord):
+        return None
+    return record if record.owner() is pipe else _adopt(pipe, record)
 
 
-def forget(thing: Any) -> None:
-    """Take the record off a UNet or a pipe."""
-    thing.__dict__.pop(RECORD, None)
+def _adopt(pipe: Any, record: PipeRecord) -> PipeRecord:
+    """The record of a copied pipe: it relies on the same models, and has a scheduler for itself."""
+    made = record.made
+    if pipe.scheduler is made.scheduler:
+        pipe.scheduler = deepcopy(made.scheduler)
+    made = dataclasses.replace(made, scheduler=pipe.scheduler)
+    mine = PipeRecord(weakref.ref(pipe), record.settings, dict(record.modules), record.found, made)
+    for module in mine.modules.values():
+        module.pipes.add(pipe)
+    pipe.__dict__[RECORD] = mine
+    return mine
 
 
-def change(
-    part: Part, there: Mapping[str, Any], weights: Mapping[str, float], originals: merge.Originals, undo: Undo
-) -> None:
-    """Bring a part to the weights given; `there` are the LoRAs that are in it already, none the first time."""
-    if not there:
-        push_return(part, originals, undo)
-    if part.merged:
-        if not there:
-            part.adapters.park()
-        merge.merge(layers(part.module), part.loras, weights, originals)
-        return
-    for name, lora in part.loras.items():
-        if isinstance(lora, merge.FileLora) and name not in there:
-            adapters.inject(part.module, name, lora)
-    adapters.activate(part.module, {name: w for name, w in weights.items() if name in part.loras})
+def stands_for(scheduler: Any) -> Any:
+    """The scheduler that one of ours took the place of; every other one stands for itself."""
+    return scheduler.__dict__.get(RECORD, scheduler)
 
 
-def push_return(part: Part, originals: merge.Originals, undo: Undo) -> None:
-    """Register the way back of a part: its weights first, then PEFT's layers around them."""
-    undo.push(part.adapters.restore)
-    if part.merged:
-        undo.push(merge.merge, layers(part.module), {}, {}, originals)
+def put(thing: Any, record: Any) -> None:
+    """Put a record on a model or a pipe, or on our scheduler the one it stands for; None takes it off."""
+    if record is None:
+        thing.__dict__.pop(RECORD, None)
+    else:
+        thing.__dict__[RECORD] = record
 
 
-def require_originals(record: UnetRecord, purpose: str) -> None:
-    """Raise `PipelineError` where `purpose` needs originals that were not kept."""
-    if record.request.keep is None and any(part.merged for part in record.parts.values()):
-        raise PipelineError(
-            f"the LoRAs were merged with keep=None, so the originals are gone and lcmlora can't {purpose}: load the "
-            "pipe anew with from_pretrained. accelerate(pipe, keep='memory') or keep='disk' makes it possible."
-        )
+def sampled(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """A few values of each weight, by logical place: they stay the same in another memory layout."""
+    return {name: view.clone() for name, view in views(parameters).items()}
+
+
+def views(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The places that `sampled` looks at, on a diagonal, without copying. Weights of unknown kinds have none."""
+    found = {}
+    for name, parameter in parameters.items():
+        if type(parameter) is not nn.Parameter or parameter.ndim < 2 or parameter.device.type == "meta":
+            continue
+        weight = parameter.detach()
+        count = min(_SAMPLES, *weight.shape[:2])
+        step = sum(weight.stride(d) * (weight.shape[d] // count) for d in (0, 1))
+        middle = sum(weight.stride(d) * (weight.shape[d] // 2) for d in range(2, weight.ndim))
+        found[name] = weight.as_strided((count,), (step,), weight.storage_offset() + middle)
+    return found

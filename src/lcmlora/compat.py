@@ -1,0 +1,132 @@
+"""Private names of torch, diffusers, transformers and PEFT. They stand here and nowhere else in the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")
+"""What PEFT, diffusers and transformers set on a model that has adapters."""
+_COMPILED = "_compiled_call_impl"  # where torch.nn.Module.compile puts its result
+_MODULE_STATE = frozenset(nn.Module().__dict__)
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children by name, as torch keeps them (`named_children` is a generator, ten times slower)."""
+    return module._modules
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """A module's own Parameters, without those of its children."""
+    return module._parameters
+
+
+def wrapped(module: nn.Module) -> nn.Module:
+    """The module itself, or the one inside the PEFT module around it."""
+    children = module._modules
+    inner = children.get("base_layer") or children.get("original_module")
+    return inner if inner is not None and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) else module
+
+
+def uncompiled(module: Any) -> Any:
+    """The module inside a `torch.compile`d one."""
+    return getattr(module, "_orig_mod", module)
+
+
+def mark_as_adapted(module: nn.Module) -> None:
+    """Tell diffusers and transformers that the model has PEFT adapters."""
+    module._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return getattr(module, _COMPILED, None) is not None
+
+
+def forget_compilation(module: nn.Module) -> None:
+    """Undo `module.compile()`."""
+    module.__dict__.pop(_COMPILED, None)
+
+
+def repeated_blocks(unet: nn.Module) -> set[str]:
+    """Names of the block classes that diffusers compiles one by one."""
+    return set(getattr(unet, "_repeated_blocks", None) or ("BasicTransformerBlock",))
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether diffusers' group off-loading keeps this module's weights in a file: its memory is uninitialised."""
+    registry = module.__dict__.get("_diffusers_hook")
+    hook = registry.get_hook("group_offloading") if registry is not None else None
+    return bool(hook is not None and getattr(hook.group, "offload_to_disk_path", None))
+
+
+def has_fused_projections(module: nn.Module) -> bool:
+    """Whether `fuse_qkv_projections` has given an attention a joint projection (which un-fusing leaves in place)."""
+    return "to_qkv" in module._modules or "to_kv" in module._modules
+
+
+def uses_fused_projections(module: nn.Module) -> bool:
+    """Whether the joint projection is in use now."""
+    return has_fused_projections(module) and type(getattr(module, "processor", None)).__name__.startswith("Fused")
+
+
+def name_or_path(thing: Any) -> str:
+    """What a pipeline or model was loaded from; empty where nothing says."""
+    config = getattr(thing, "config", None)
+    found = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
+    return str(found or "")
+
+
+def execution_device(pipe: Any) -> Any:
+    """Where a pipeline computes, off-loaded or not."""
+    return getattr(pipe, "_execution_device", None) or pipe.device
+
+
+def adapter_state(wrapper: nn.Module) -> dict[str, Any]:
+    """All that PEFT keeps in a wrapper by adapter name or for all adapters: values, and copies of containers."""
+    state: dict[str, Any] = {}
+    for key, value in wrapper.__dict__.items():
+        if key in _MODULE_STATE:
+            continue
+        if isinstance(value, dict | list | set):
+            state[key] = value.copy()
+        elif isinstance(value, str | bool | None):
+            state[key] = value
+    for key, child in wrapper._modules.items():
+        if isinstance(child, nn.ModuleDict):
+            state[key] = dict(child._modules)
+        elif isinstance(child, nn.ParameterDict):
+            state[key] = dict(child.items())
+    return state
+
+
+def set_adapter_state(wrapper: nn.Module, state: Mapping[str, Any]) -> None:
+    """Bring a wrapper back to what `adapter_state` gave; dicts stay the same objects."""
+    for key, value in state.items():
+        container = wrapper._modules.get(key, wrapper.__dict__.get(key))
+        if isinstance(container, nn.ModuleDict):
+            container._modules.clear()
+            container._modules.update(value)
+        elif isinstance(container, nn.ParameterDict | dict | set):
+            container.clear()
+            container.update(value)
+        else:  # a list of active adapters may be one object for many wrappers
+            wrapper.__dict__[key] = value.copy() if isinstance(value, list) else value
+
+
+def adapters_in(wrapper: Any) -> set[str]:
+    """The names of the adapters that a PEFT wrapper holds."""
+    if hasattr(wrapper, "r"):
+        return set(wrapper.r)
+    held = (getattr(wrapper, names, ()) for names in wrapper.adapter_layer_names)
+    return {name for names in held for name in names} | set(getattr(wrapper, "_adapters", ()))
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often torch has seen a tensor being written."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,215 @@
+"""Whether a model and a pipe still are what lcmlora left: before the way back, and before each call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..errors import PipelineError
+from ..layers import ModuleIndex
+from ..lora.adapters import Adapters
+from ..lora.merge import parameter_of
+from ..warn import warn
+from .records import LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, views
+from .snapshot import Component, not_in_memory
+
+_PROBES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What somebody else did to a model since lcmlora changed it.
+
+    Attributes:
+        why_not: why there is no way back at present, and what to call first; None where there is one.
+        moved: layers that have another Parameter with the same values.
+        undone: layers whose weights were changed, and whose originals are kept.
+        inexact: layers that were changed and can't be brought back.
+    """
+
+    why_not: str | None = None
+    moved: tuple[str, ...] = ()
+    undone: tuple[str, ...] = ()
+    inexact: tuple[str, ...] = ()
+
+
+def component_of(name: str, record: ModuleRecord) -> Component:
+    """A changed model as it is now, wherever it stands."""
+    index = ModuleIndex.of(record.module)
+    return Component(name, index, Adapters(index), record)
+
+
+def examine(component: Component) -> Findings:
+    """Compare a changed model with what its record says."""
+    record = component.record
+    assert record is not None
+    if record.spoiled:
+        return Findings(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+    if not_in_memory(component):
+        return Findings(
+            f"the weights of this pipe's {component.name} were off-loaded since (they are on the meta device or on "
+            "disk): call pipe.remove_all_hooks(), or switch the off-loading off, first."
+        )
+    if why := record.originals.why_unreadable():
+        return Findings(f"{why}, so the originals are not there any more.")
+    here = {name: getattr(layer, "weight", None) for name, layer in component.index.layers.items()}
+    moved, lost, real = [], [], {}
+    for name, old in record.parameters.items():
+        now = here.get(name)
+        if type(now) is not type(old) or now.shape != old.shape:
+            lost.append(name)
+            continue
+        real[name] = now
+        if now is not old:
+            moved.append(name)
+    changed = (
+        set() if record.content is UNKNOWN else _changed(record, real) | (component.adapters.merged & real.keys())
+    )
+    replaced = changed.intersection(moved)
+    undone = {n for n in changed - replaced if record.originals.holds(record.parameters[n])}
+    return Findings(
+        moved=tuple(name for name in moved if name not in replaced),
+        undone=tuple(sorted(undone)),
+        inexact=tuple(sorted((changed - undone) | set(lost))),
+    )
+
+
+def _changed(record: ModuleRecord, parameters: dict[str, nn.Parameter]) -> set[str]:
+    """The layers whose sampled values are not those that were left there. A cast of the whole model is no change."""
+    now = {name: view for name, view in views(parameters).items() if name in record.samples}
+    if not now:
+        return set()
+    left = {name: record.samples[name].to(view.device, view.dtype) for name, view in now.items()}
+    if len({(view.device, view.dtype) for view in now.values()}) == 1 and torch.equal(
+        torch.cat(list(now.values())), torch.cat(list(left.values()))
+    ):
+        return set()
+    return {name for name, view in now.items() if not torch.equal(view, left[name])}
+
+
+def check_way_back(component: Component, purpose: str, force: bool = False) -> str | None:
+    """Refuse where a model can't be brought back exactly, warn where somebody's change is undone.
+
+    Args:
+        component: a changed model as it is now.
+        purpose: what is to be done, in words.
+        force: go on where the way back is not exact.
+
+    Returns:
+        With `force`, what can't be given back, in words.
+
+    Raises:
+        PipelineError: there is no way back, or not an exact one.
+    """
+    found, record = examine(component), component.record
+    assert record is not None
+    if found.why_not and not (force and not record.spoiled):
+        raise PipelineError(f"lcmlora can't {purpose}: {found.why_not}")
+    left = found.why_not or _in_words(component, found)
+    if left and not force:
+        first = (
+            "call pipe.unfuse_lora() first. If the weights still differ then, " if component.adapters.merged else ""
+        )
+        raise PipelineError(
+            f"lcmlora can't {purpose} exactly: {left} {first}lcmlora.restore(pipe, force=True) gives back what it can."
+        )
+    for name in found.moved:
+        new = component.index.layers[name].weight
+        assert isinstance(new, nn.Parameter)
+        record.originals.rebind(record.parameters[name], new)
+        record.parameters[name] = new
+    record.originals.leave_out(record.parameters[name] for name in found.inexact)
+    if found.moved:
+        warn(
+            f"{_some(found.moved)} of the {component.name} have other Parameter objects than accelerate found: their "
+            "values come back, the objects don't."
+        )
+    if found.undone:
+        warn(
+            f"the weights of {_some(found.undone)} of the {component.name} were changed while the pipe was "
+            "accelerated (fuse_lora, load_state_dict, ...): that change is undone now."
+        )
+    return left
+
+
+def _in_words(component: Component, found: Findings) -> str | None:
+    if not found.inexact:
+        return None
+    also = f" ({len(found.undone)} others can be given back)" if found.undone else ""
+    return (
+        f"the weights of {_some(found.inexact)} of the {component.name} were changed or replaced since accelerate "
+        f"(fuse_lora, load_state_dict, quantising, ...), and their originals were not kept{also}."
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    all_names = list(names)
+    return f"{len(all_names)} layer{'s' * (len(all_names) > 1)} (such as {all_names[0]})"
+
+
+def warn_of_lost_adapters(component: Component) -> None:
+    """Tell what the way back does to adapters that somebody loaded or deleted in the meantime."""
+    record = component.record
+    assert record is not None
+    if record.content is UNKNOWN:  # a way back was interrupted: what is there is ours
+        return
+    found, now = record.adapters.names, component.adapters.names
+    if late := now - found - set(record.content.loras):
+        warn(
+            f"restore removes {sorted(late)}, loaded while the pipe was accelerated. set_styles, or loading before "
+            "accelerate, keeps LoRAs."
+        )
+    if not record.content.merged and (deleted := found - now):
+        warn(f"restore brings back {sorted(deleted)}, deleted while the pipe was accelerated.")
+
+
+def why_not_fast(pipe: Any, record: PipeRecord) -> str | None:
+    """What keeps the LCM-LoRA from working in a call, in words; None where nothing does. Cheap: a few layers."""
+    for name, module in record.modules.items():
+        if name != "unet" and not module.content.touched:
+            continue
+        if compat.uncompiled(getattr(pipe, name, None)) is not module.module:
+            return f"pipe.{name} is not the one that was accelerated: lcmlora.accelerate(pipe) accelerates the new one"
+        if module_record_of(module.module) is not module:
+            return f"the {name} was restored through another pipe: lcmlora.accelerate(pipe) accelerates it again"
+    if not isinstance(pipe.scheduler, type(record.made.scheduler)):
+        return (
+            f"pipe.scheduler is {type(pipe.scheduler).__name__}, not {type(record.made.scheduler).__name__}: "
+            "lcmlora.accelerate(pipe) puts it back"
+        )
+    return _why_lora_is_off(record.unet)
+
+
+def _why_lora_is_off(unet: ModuleRecord) -> str | None:
+    applied, content = unet.applied, unet.content
+    if applied is None or not applied.weight or content is UNKNOWN:
+        return None
+    layers = list(applied.lcm.pairs)
+    try:
+        probed: dict[str, Any] = {
+            layer: unet.module.get_submodule(layer) for layer in layers[:: max(1, len(layers) // _PROBES)]
+        }
+    except AttributeError:
+        return "layers of the UNet were replaced since accelerate"
+    if not content.merged:
+        return _why_adapter_is_off(unet, applied.target.adapter_name, probed)
+    if _changed(unet, {layer: parameter_of(compat.wrapped(module)) for layer, module in probed.items()}):
+        return "weights were changed since accelerate (load_state_dict, fuse_lora, ...), so the LCM-LoRA may be gone"
+    return None
+
+
+def _why_adapter_is_off(unet: ModuleRecord, name: str, tuners: dict[str, Any]) -> str | None:
+    for layer, tuner in tuners.items():
+        if name not in getattr(tuner, "scaling", ()) or name not in tuner.active_adapters or tuner.disable_adapters:
+            return (
+                "the LCM-LoRA is not active (another adapter was loaded or set, or it was deleted): "
+                "lcmlora.accelerate(pipe) puts it back"
+            )
+        if compat.uses_fused_projections(unet.module.get_submodule(layer.rpartition(".")[0])):
+            return "fuse_qkv_projections() goes past PEFT adapters: lcmlora.accelerate(pipe, fuse=True) merges them"
+    return None
