@@ -17,6 +17,7 @@ from torch import nn
 import lcmlora
 from conftest import sd_pipe, tiny_unet, write_lora
 from lcmlora import lorafile, plan, registry
+from lcmlora.lorafile import HubOptions, Source
 from lcmlora.unets import KINDS, layers
 
 _SDXL = dict(
@@ -108,7 +109,8 @@ def official_file(path: Path, unet: nn.Module, rank: int, alpha: float = 8.0) ->
 
 
 def request(lora: Path | str | None, base: str = "auto", **changes: object) -> plan.Request:
-    wanted = dict(base=base, lora=lora, weight_name=None, weight=None, styles=(), fuse="auto", keep="memory", hub=())
+    source, hub = Source.of(lora), HubOptions()
+    wanted = dict(base=base, lora=source, weight=None, styles=(), fuse="auto", keep="memory", hub=hub)
     return plan.Request(**{**wanted, **changes})
 
 
@@ -203,9 +205,9 @@ def test_sd21_is_named_where_another_base_was_given(unets, files):
 @pytest.mark.parametrize("name", REPOSITORIES)
 def test_each_base_asks_for_its_own_repository(name, unets, tmp_path):
     base = lcmlora.detect_base(unets[name])
-    offline = (("cache_dir", tmp_path), ("local_files_only", True))
+    offline = HubOptions(tmp_path, local_files_only=True)
     with pytest.raises(lcmlora.LoraFileError) as caught:
-        plan.lcm_lora(unets[name], base, request(None, hub=offline))
+        plan.lcm_lora(unets[name], base, Source.of(None), offline)
     assert f"hf download {REPOSITORIES[name]} pytorch_lora_weights.safetensors" in str(caught.value)
 
 
@@ -230,11 +232,11 @@ def test_every_file_on_every_unet(file, unet, files, unets):
     base = registry.find_base(unets[unet])
     assert (base and base.name) == (None if unet == "sd21" else unet)
     if file == unet:
-        lora = plan.lcm_lora(unets[unet], base, request(files[file]))
-        assert (lora.path, len(lora.pairs)) == (files[file], MODULES[unet])
+        lora = plan.lcm_lora(unets[unet], base, Source.of(files[file]), HubOptions())
+        assert (lora.label, len(lora.pairs)) == (str(files[file]), MODULES[unet])
         return
     with pytest.raises(lcmlora.LoraMismatchError) as caught:
-        plan.lcm_lora(unets[unet], base, request(files[file]))
+        plan.lcm_lora(unets[unet], base, Source.of(files[file]), HubOptions())
     text = str(caught.value)
     assert f"does not fit this pipe, {TITLES[unet]}:" in text
     assert re.search(rf"It looks like \w+ LCM-LoRA of {re.escape(TITLES[file])}\.", text)
@@ -267,7 +269,7 @@ def test_names_and_shapes_alone_would_let_wrong_files_in(file, unet, files, unet
 def test_a_right_file_of_another_rank_is_right(unets, tmp_path):
     """lcm-lora-sdxl-rank1 and its like."""
     file = official_file(tmp_path / "small.safetensors", unets["sdxl"], rank=1, alpha=1.0)
-    assert len(plan.lcm_lora(unets["sdxl"], registry.by_name("sdxl"), request(file)).pairs) == 788
+    assert len(plan.lcm_lora(unets["sdxl"], registry.by_name("sdxl"), Source.of(file), HubOptions()).pairs) == 788
 
 
 # -- bases of one's own -----------------------------------------------------------------------------------------------
@@ -378,6 +380,6 @@ def test_animatelcm_has_its_own_weight_betas_and_file(motion_unet, files, tmp_pa
     assert (plain.base.name, plain.weights) == ("sd15", {plan.LCM: 1.0})
     assert plain.scheduler.config.beta_schedule == pipe.scheduler.config.beta_schedule == "scaled_linear"
     assert plan.make(pipe, request(files["sd15"], base="animatelcm", weight=0.5)).weights == {plan.LCM: 0.5}
-    offline = (("cache_dir", tmp_path), ("local_files_only", True))
+    offline = HubOptions(tmp_path, local_files_only=True)
     with pytest.raises(lcmlora.LoraFileError, match=r"wangfuyun/AnimateLCM AnimateLCM_sd15_t2v_lora\.safetensors"):
         plan.make(pipe, request(None, base="animatelcm", hub=offline))

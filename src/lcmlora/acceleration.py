@@ -14,6 +14,7 @@ from torch import nn
 from . import adapters, calls, compiling, decoders, merge, plan
 from .compiling import Compile
 from .errors import LcmLoraWarning, PipelineError
+from .lorafile import HubOptions, Source
 from .merge import Keep
 from .plan import Fuse, Request, Style, Styles
 from .prompts import PromptCache
@@ -33,6 +34,7 @@ from .records import (
     record_of,
     require_originals,
 )
+from .sources import Given
 from .state import is_accelerated
 from .unets import unet_of
 
@@ -43,7 +45,7 @@ def accelerate(
     pipe: Pipe,
     base: str = "auto",
     *,
-    lora: str | Path | None = None,
+    lora: Given | None = None,
     weight_name: str | None = None,
     weight: float | None = None,
     styles: Styles | None = None,
@@ -68,8 +70,8 @@ def accelerate(
     Args:
         pipe: a diffusers pipeline with a `UNet2DConditionModel` or `UNetMotionModel`.
         base: "auto" finds the base from the UNet's structure; a name (see `bases()`) is checked against it.
-        lora: the LCM-LoRA, where it is not the base's own: repository id, folder or safetensors file. A UNet that is
-            no known base needs it; any UNet will do whose LCM layers the file covers.
+        lora: the LCM-LoRA, where it is not the base's own: repository id, folder, safetensors file or a dict of
+            tensors. A UNet that is no known base needs it; any UNet will do whose LCM layers the file covers.
         weight_name: the file's name inside that repository or folder, where it is not
             `pytorch_lora_weights.safetensors`.
         weight: what the LCM-LoRA counts with; None is the base's own, 1.0 as a rule.
@@ -89,7 +91,8 @@ def accelerate(
         compile: compile the UNet in place: "regional" (also True; its transformer blocks, soon done) or "whole". With
             merged LoRAs `set_styles` needs no new compilation.
         cache_prompts: how many prompts' embeddings to remember; 0 for none.
-        revision, cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
+        revision: the LCM-LoRA's; a style's is `Style(revision=)`.
+        cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
 
     Returns:
         The same pipe.
@@ -100,17 +103,16 @@ def accelerate(
         not there, not safetensors, damaged, or no plain LoRA. LoraMismatchError: a LoRA is made for another UNet.
         CallError: steps or guidance are outside what works.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     request = Request(
         base=base,
-        lora=lora,
-        weight_name=weight_name,
+        lora=Source.of(lora, weight_name, revision=revision),
         weight=weight,
         styles=tuple((name, Style.of(source)) for name, source in (styles or {}).items()),
         fuse=fuse,
         keep=keep,
         compile=compile,
-        hub=tuple(hub.items()),
+        hub=HubOptions(cache_dir, token, local_files_only),
     )
     policy = calls.Policy(steps=steps, guidance=guidance, strict=strict)
     policy.check()

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
-from .errors import LoraFileError
+from .errors import LoraFileError, PipelineError
 from .merge import FileLora, Halves
 from .unets import base_layer, layer_shape
 
@@ -143,23 +143,64 @@ def inject(module: Any, name: str, lora: FileLora) -> None:
 
     PEFT itself is called, not diffusers' or transformers' loader: those log, guess and touch other state (transformers
     switches the model to evaluation mode).
+
+    Raises:
+        LoraFileError: its file is gone, changed or damaged, or its values are too large for the model's dtype.
+        PipelineError: PEFT can't put it into layers of this kind.
     """
+    state = _state(module, lora)
+    with warnings.catch_warnings():  # that adapters stand beside each other is what is wanted
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")  # needed to merge alone
+        try:
+            inject_adapter_in_model(_lora_config(lora), module, adapter_name=name)
+        except (ValueError, NotImplementedError) as error:  # such as DoRA on weights quantised by torchao
+            raise PipelineError(f"PEFT can't put {lora.label} into this {type(module).__name__}: {error}") from error
+    report = set_peft_model_state_dict(module, state, adapter_name=name)
+    plain = {layer for layer, pair in lora.pairs.items() if not pair.magnitude}
+    absent = {f"{layer}.lora_magnitude_vector.{name}.weight" for layer in plain}
+    if report.unexpected_keys or any(f".{name}." in key and key not in absent for key in report.missing_keys):
+        raise RuntimeError(f"PEFT took only a part of {lora.label}: {report.unexpected_keys[:3]} were not expected.")
+    module._hf_peft_config_loaded = True  # diffusers and transformers ask for it
+    for layer, tuner in tuner_layers(module).items():
+        if name in tuner.lora_A:
+            if layer in plain and name in tuner.lora_magnitude_vector:  # PEFT's use_dora goes for all layers
+                del tuner.lora_magnitude_vector[name], tuner.lora_variant[name]
+            weight: Any = base_layer(tuner).weight
+            for parts in (tuner.lora_A, tuner.lora_B, tuner.lora_magnitude_vector):
+                if name in parts:
+                    parts[name].to(weight.device, _adapter_dtype(weight)).requires_grad_(False)
+
+
+def _state(module: nn.Module, lora: FileLora) -> dict[str, torch.Tensor]:
+    """What PEFT calls the state of an adapter, from a file."""
     state: dict[str, torch.Tensor] = {}
-    with lora.opened() as halves:
-        for layer in sorted(lora.layers):
-            _, up, down = halves(layer)
+    with lora.opened_whole() as read:
+        for layer, pair in sorted(lora.pairs.items()):
+            _, up, down, magnitude = read(layer)
             inner: Any = base_layer(module.get_submodule(layer))
-            dtype = _adapter_dtype(inner.weight)
-            if not all(torch.isfinite(half.to(dtype)).all() for half in (up, down)):
-                raise LoraFileError(f"{lora.path}: values for {layer} are too large for {dtype}.")
             out, *rest = layer_shape(inner)
+            ones = (1,) * (len(rest) - 1)
+            if not pair.alpha:  # PEFT divides by it to tell an adapter's weight; `_lora_config` has another one
+                up = torch.zeros_like(up)
             state[f"{layer}.lora_A.weight"] = down.view(len(down), *rest)
-            state[f"{layer}.lora_B.weight"] = up.view(out, len(down), *(1,) * (len(rest) - 1))
+            state[f"{layer}.lora_B.weight"] = up.view(out, len(down), *ones)
+            if magnitude is not None:
+                state[f"{layer}.lora_magnitude_vector"] = magnitude.view(1, out, *ones) if ones else magnitude
+            dtype = _adapter_dtype(inner.weight)
+            values = (up, down) if magnitude is None else (up, down, magnitude)
+            if not all(torch.isfinite(value.to(dtype)).all() for value in values):
+                raise LoraFileError(f"{lora.label}: values for {layer} are too large for {dtype}.")
+    return state
+
+
+def _lora_config(lora: FileLora) -> LoraConfig:
+    """PEFT's configuration of a LoRA: the commonest rank and alpha, and the others as patterns."""
     ranks = {layer: pair.rank for layer, pair in lora.pairs.items()}
-    alphas = {layer: pair.alpha for layer, pair in lora.pairs.items()}
+    alphas = {layer: pair.alpha or float(pair.rank) for layer, pair in lora.pairs.items()}
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
-    config = LoraConfig(
+    return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=sorted(ranks),
@@ -167,20 +208,8 @@ def inject(module: Any, name: str, lora: FileLora) -> None:
         alpha_pattern={layer: a for layer, a in alphas.items() if a != alpha},
         init_lora_weights=False,
         inference_mode=True,
+        use_dora=any(pair.magnitude for pair in lora.pairs.values()),
     )
-    with warnings.catch_warnings():  # that adapters stand beside each other is what is wanted
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")  # needed to merge alone
-        inject_adapter_in_model(config, module, adapter_name=name)
-    report = set_peft_model_state_dict(module, state, adapter_name=name)
-    if report.unexpected_keys or any(f".{name}." in key for key in report.missing_keys):
-        raise RuntimeError(f"PEFT took only a part of {lora.path}: {report.unexpected_keys[:3]} were not expected.")
-    module._hf_peft_config_loaded = True  # diffusers and transformers ask for it
-    for tuner in tuner_layers(module).values():
-        if name in tuner.lora_A:
-            weight: Any = base_layer(tuner).weight
-            for half in (tuner.lora_A[name], tuner.lora_B[name]):
-                half.to(weight.device, _adapter_dtype(weight)).requires_grad_(False)
 
 
 def _adapter_dtype(weight: torch.Tensor) -> torch.dtype:

@@ -1,9 +1,4 @@
-"""What a LoRA file is, told from its header alone, and which layers of a UNet it covers.
-
-Spellings understood: kohya with diffusers block names (the official LCM-LoRAs) and with sgm block names (most SDXL
-styles), diffusers and PEFT keys with or without `unet.` and `base_model.model.` in front, old attention-processor
-keys.
-"""
+"""What a LoRA file is, told from its header alone, and which layers of a model it covers."""
 
 from __future__ import annotations
 
@@ -12,34 +7,55 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from . import spellings
 from .errors import LoraFileError
+from .sources import READ_ERRORS, WEIGHT_NAME, Given, HubOptions, LoraFile, Source
 from .unets import layer_shape
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-"""diffusers' usual name of a LoRA file."""
+__all__ = [
+    "MAX_RANK",
+    "WEIGHT_NAME",
+    "Coverage",
+    "HubOptions",
+    "LoraFile",
+    "LoraInfo",
+    "Pair",
+    "Source",
+    "cover",
+    "inspect_lora",
+    "load",
+    "load_magnitude",
+    "read",
+]
 
-_PART = re.compile(
+_HALF = re.compile(
     r"^(?P<module>.+?)(?:\.lora_linear_layer|\.lora|_lora)?[._]"
-    r"(?P<part>lora_down|lora_up|lora_A|lora_B|down|up)(?:\.\w+)?\.weight$"
+    r"(?P<side>lora_down|lora_up|lora_A|lora_B|down|up)(?:\.\w+)?\.weight$"
 )
 _SIDES = {"lora_down": "down", "lora_A": "down", "down": "down", "lora_up": "up", "lora_B": "up", "up": "up"}
-_PREFIXES = {
-    "text_encoder_2.": "text_encoder_2",
-    "text_encoder.": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te1_": "text_encoder",
-    "lora_te_": "text_encoder",
-}
-_IN_FRONT = re.compile(r"^(?:unet\.)?(?:base_model\.model\.)?(?:unet\.)?")
+_MAGNITUDE = re.compile(r"^(?P<module>.+?)\.(?:lora_magnitude_vector(?:\.\w+)?(?:\.weight)?|dora_scale)$")
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_OTHER_KINDS = {
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.lora_mid\.": "LoCon with a Tucker core",
+    r"\.diff(_b)?$": "whole differences of weights",
+    r"lora(_B|_up|\.up)(\.\w+)?\.bias$": "LoRA with biases",
+    r"\.(ia3_l|on_input)": "IA3",
+    r"\.(oft_|boft_)": "OFT",
+    r"\.lora_embedding_": "LoRA of an embedding",
+    r"^(bundle_emb|emb_params|string_to_param)": "textual inversion",
+    r"\.[wb]_norm$": "trained normalisation layers",
+    r"^lora_controlnet$": "Control-LoRA",
+}
+"""What keys of other kinds of adapters look like -> the kind in words."""
 MAX_RANK = 2048
 """No layer of a known UNet has more rows or columns that a LoRA of higher rank could serve."""
 
@@ -48,7 +64,8 @@ MAX_RANK = 2048
 class Pair:
     """One adapted module in a file: W + alpha / rank * up @ down.
 
-    `down` and `up` are keys of the file; the shapes are (rank, in, ...) and (out, rank, ...).
+    `down` and `up` are keys of the file; the shapes are (rank, in, ...) and (out, rank, ...). `magnitude` is the key
+    of DoRA's magnitudes: every row of that sum is then scaled to its magnitude.
     """
 
     down: str
@@ -56,6 +73,7 @@ class Pair:
     down_shape: tuple[int, ...]
     up_shape: tuple[int, ...]
     alpha: float
+    magnitude: str | None = None
 
     @property
     def rank(self) -> int:
@@ -78,7 +96,7 @@ class LoraInfo:
     """What a LoRA file holds.
 
     Attributes:
-        path: the file.
+        path: the file; None for a dict of tensors.
         format: "kohya", "kohya-sgm" or "diffusers".
         modules: the UNet's adapted modules, by the file's own names.
         text_modules: the same for "text_encoder" and "text_encoder_2", where the file has any.
@@ -86,22 +104,27 @@ class LoraInfo:
         alphas: every alpha that occurs, ascending.
         cross_attention_dim: the text width it was made for (768 SD 1.x, 1024 SD 2.x, 2048 SDXL family); None if
             unknown.
+        notes: what of the file is left out, as diffusers does, in words.
+        file: where it was read.
     """
 
-    path: Path
+    path: Path | None
     format: str
     modules: Mapping[str, Pair]
     text_modules: Mapping[str, Mapping[str, Pair]]
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     cross_attention_dim: int | None
+    notes: tuple[str, ...] = ()
+    file: LoraFile | None = dataclasses.field(default=None, repr=False)
 
     def describe(self) -> str:
         """One line: "LCM.safetensors (278 modules, rank 64, text width 768)"."""
         ranks, width = "/".join(map(str, self.ranks)) or "none", self.cross_attention_dim or "?"
         texts = sum(map(len, self.text_modules.values()))
         also = f", {texts} in text encoders" if texts else ""
-        return f"{self.path.name} ({len(self.modules)} modules{also}, rank {ranks}, text width {width})"
+        name = self.path.name if self.path else self.file.label if self.file else "LoRA"
+        return f"{name} ({len(self.modules)} modules{also}, rank {ranks}, text width {width})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,94 +135,52 @@ class Coverage:
         pairs: layer name -> the file's pair for it, shapes agreeing.
         clashes: layers that the file names, with other shapes.
         foreign: modules of the file that the model has not.
+        doubled: modules for a layer that has one already, by another spelling; left out.
     """
 
     pairs: Mapping[str, Pair]
     clashes: tuple[str, ...]
     foreign: tuple[str, ...]
+    doubled: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out, in words."""
+        count = len(self.doubled)
+        return (f"{count} modules in a second spelling, such as {self.doubled[0]}",) if count else ()
 
 
-def find_file(
-    source: str | Path,
-    weight_name: str | None = None,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The local path of a LoRA: a file, the right file of a folder, or one fetched from (or cached of) the hub.
-
-    Raises:
-        LoraFileError: it is nowhere, or no safetensors file; the message says where was looked.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _safetensors(path)
-    if path.is_dir():
-        return _file_in(path, weight_name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise LoraFileError(f"LoRA {str(source)!r} is no file, no folder and no repository id like 'owner/name'.")
-    from huggingface_hub import hf_hub_download
-
-    name = weight_name or WEIGHT_NAME
-    try:
-        found = hf_hub_download(
-            str(source), name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-        )
-    except Exception as error:  # the hub raises many kinds, none of them tells what to type
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        raise LoraFileError(
-            f"LoRA {source}/{name} could not be had: no such file or folder here, not in the hub's cache "
-            f"({cache_dir or HF_HUB_CACHE}), and from the hub: {str(error).splitlines()[0]} "
-            f"Once on line, type: hf download {source} {name}; or pass lora= with a local file."
-        ) from error
-    return _safetensors(Path(found))
-
-
-def _safetensors(path: Path) -> Path:
-    if path.suffix != ".safetensors":
-        raise LoraFileError(
-            f"{path} is no .safetensors file; pickled weights can run code when loaded and are refused."
-        )
-    return path
-
-
-def _file_in(folder: Path, weight_name: str | None) -> Path:
-    wanted = folder / (weight_name or WEIGHT_NAME)
-    if wanted.is_file():
-        return _safetensors(wanted)
-    there = sorted(p.name for p in folder.glob("*.safetensors"))
-    if weight_name is None and len(there) == 1:
-        return folder / there[0]
-    raise LoraFileError(
-        f"folder {folder} holds no {wanted.name}; its safetensors files: {there or 'none'}. Pass weight_name=."
-    )
-
-
-def read(path: Path) -> LoraInfo:
+def read(file: LoraFile) -> LoraInfo:
     """Read a file's header (and its alphas, one number each); no weight is loaded.
 
     Raises:
-        LoraFileError: not safetensors, truncated, no LoRA, or a kind of adapter other than plain LoRA.
+        LoraFileError: not safetensors, truncated, no LoRA, or a kind of adapter other than LoRA and DoRA.
     """
-    header = _Header.of(path)
+    header = _Header.of(file)
     modules: dict[str, dict[str, Pair]] = {"unet": {}, "text_encoder": {}, "text_encoder_2": {}}
-    for (part, name), keys in _sort_keys(header).items():
+    sides, doubled = _sort_keys(header)
+    for (part, name), keys in sides.items():
         modules[part][name] = _pair(header, part, name, keys)
-    pairs = [pair for part in modules.values() for pair in part.values()]
-    if not pairs:
-        raise LoraFileError(f"{path} holds no LoRA: none of its {len(header.shapes)} keys is a LoRA key.")
+    if not any(modules.values()):
+        raise LoraFileError(f"{file.label} holds no LoRA: none of its {len(header.shapes)} keys is a LoRA key.")
+    notes = [f"{len(doubled)} modules in a second spelling, such as {doubled[0]}"] if doubled else []
+    for pairs in modules.values():
+        out, words = spellings.second_half(pairs)
+        notes += [f"{len(out)} {words}, such as {out[0]}"] if out else []
+        for name in out:
+            del pairs[name]
+    kept = [pair for pairs in modules.values() for pair in pairs.values()]
     unet = modules.pop("unet")
     return LoraInfo(
-        path=path,
+        path=file.path,
         format=_format(unet),
         modules=unet,
         text_modules={part: names for part, names in modules.items() if names},
-        ranks=tuple(sorted({pair.rank for pair in pairs})),
-        alphas=tuple(sorted({pair.alpha for pair in pairs})),
+        ranks=tuple(sorted({pair.rank for pair in kept})),
+        alphas=tuple(sorted({pair.alpha for pair in kept})),
         cross_attention_dim=_cross_attention_dim(unet),
+        notes=tuple(notes),
+        file=file,
     )
 
 
@@ -207,19 +188,20 @@ def read(path: Path) -> LoraInfo:
 class _Header:
     """What can be known of a file without its weights."""
 
-    path: Path
+    path: str
     shapes: Mapping[str, tuple[int, ...]]
     alphas: Mapping[str, float]  # by module, as the file spells it
     config: Mapping[str, Any]  # what diffusers writes of PEFT's LoraConfig, the part in front: "unet.lora_alpha"
     patterns: Mapping[str, tuple[tuple[re.Pattern[str], Any], ...]]  # by part: PEFT's `alpha_pattern`, compiled
 
     @staticmethod
-    def of(path: Path) -> _Header:
+    def of(found: LoraFile) -> _Header:
+        path = found.label
         try:
-            with safe_open(path, "pt") as file:
+            with found.opened() as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-                odd = [key for key, part in slices.items() if _PART.match(key) and part.get_dtype() not in _FLOATS]
+                odd = [key for key, part in slices.items() if _weight(key) and part.get_dtype() not in _FLOATS]
                 if odd:
                     kind = slices[odd[0]].get_dtype()
                     raise LoraFileError(f"{path}: {odd[0]} is of type {kind}; a LoRA's halves are floating point.")
@@ -229,8 +211,8 @@ class _Header:
                         raise LoraFileError(f"{path}: {key} is no single number but of shape {list(shapes[key])}.")
                 alphas = {key.removesuffix(".alpha"): float(file.get_tensor(key)) for key in alpha_keys}
                 written = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise LoraFileError(f"{path} can't be read as safetensors (truncated or corrupt?): {error}") from error
+        except READ_ERRORS as error:
+            raise found.unreadable(error) from error
         try:
             config = json.loads(written)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -244,7 +226,7 @@ class _Header:
         """alpha as PEFT would have it: of the module's own key, else the metadata's, else the rank."""
         if name in self.alphas:
             return self.alphas[name]
-        module = _plain(part, name)
+        module = spellings.plain(part, name)
         found = (value for pattern, value in self.patterns[part] if pattern.match(module))
         alpha = next(found, self.config.get(f"{part}.lora_alpha"))
         if alpha is None:
@@ -253,7 +235,7 @@ class _Header:
         return _number(alpha) * (math.sqrt(rank) if rank_stabilised else 1.0)
 
 
-def _alpha_patterns(path: Path, written: Any) -> tuple[tuple[re.Pattern[str], Any], ...]:
+def _alpha_patterns(path: str, written: Any) -> tuple[tuple[re.Pattern[str], Any], ...]:
     """PEFT's alpha_pattern as it matches it (peft, utils/other.py, get_pattern_key): a regular expression for the end
     of a name. diffusers writes "^whole.name", of which there may be hundreds.
     """
@@ -275,37 +257,56 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _plain(part: str, name: str) -> str:
-    """A module's name in a file without what stands in front of the model's own name."""
-    return _IN_FRONT.sub("", name.removeprefix(f"{part}."))
+def _weight(key: str) -> tuple[str, str, bool] | None:
+    """(module, side, whether in PEFT's spelling) of a LoRA's key."""
+    if match := _HALF.match(key):
+        return match["module"], _SIDES[match["side"]], match["side"] in ("lora_A", "lora_B")
+    match = _MAGNITUDE.match(key)
+    return (match["module"], "magnitude", not key.endswith("dora_scale")) if match else None
 
 
-def _sort_keys(header: _Header) -> dict[tuple[str, str], dict[str, str]]:
-    """{(part, module): {"down": key, "up": key}}; refuses files with keys of another kind of adapter."""
-    sides: dict[tuple[str, str], dict[str, str]] = {}
-    strange: list[str] = []
+def _sort_keys(header: _Header) -> tuple[dict[tuple[str, str], dict[str, str]], list[str]]:
+    """{(part, module): {"down": key, "up": key, "magnitude": key}}, and the modules that are there twice.
+
+    Raises:
+        LoraFileError: keys of another kind of adapter, or a module that is there twice and not whole.
+    """
+    found: dict[tuple[str, str], dict[bool, dict[str, str]]] = {}
     for key in header.shapes:
-        match = _PART.match(key)
-        if match:
-            name, side = match["module"], _SIDES[match["part"]]
-            front = _IN_FRONT.sub("", name)
-            part = next((part for prefix, part in _PREFIXES.items() if front.startswith(prefix)), "unet")
-            found = sides.setdefault((part, name), {})
-            if side in found:
-                raise LoraFileError(f"{header.path}: module {name} is there twice, as {found[side]!r} and as {key!r}.")
-            found[side] = key
-        elif not key.endswith(".alpha"):
-            strange.append(key)
+        if weight := _weight(key):
+            name, side, is_peft = weight
+            sides = found.setdefault((spellings.part_of(name), name), {}).setdefault(is_peft, {})
+            if side in sides:
+                raise _twice(header, name, sides[side], key)
+            sides[side] = key
+    _refuse_other_kinds(header)
+    modules, doubled = {}, []
+    for (part, name), spelled in found.items():
+        peft, other = spelled.get(True, {}), spelled.get(False, {})
+        halves = peft.keys() & other.keys()
+        if halves and {*peft, *other} - halves - {"magnitude"}:
+            raise _twice(header, name, peft[min(halves)], other[min(halves)])
+        doubled += [name] if halves else []
+        modules[part, name] = {**other, **peft}  # PEFT's, which diffusers keeps
+    return modules, doubled
+
+
+def _twice(header: _Header, name: str, one: str, two: str) -> LoraFileError:
+    return LoraFileError(f"{header.path}: module {name} is there twice, as {one!r} and as {two!r}.")
+
+
+def _refuse_other_kinds(header: _Header) -> None:
+    strange = [key for key in header.shapes if not _weight(key) and not key.endswith(".alpha")]
     if strange:
+        kinds = " and ".join(k for sign, k in _OTHER_KINDS.items() if any(re.search(sign, key) for key in strange))
         raise LoraFileError(
-            f"{header.path} is no plain LoRA: {len(strange)} of its {len(header.shapes)} keys are of another kind, "
-            f"such as {strange[0]!r}."
+            f"{header.path} is no plain LoRA{f' but {kinds}' if kinds else ''}: {len(strange)} of its "
+            f"{len(header.shapes)} keys are of another kind, such as {strange[0]!r}."
         )
-    return sides
 
 
 def _pair(header: _Header, part: str, name: str, keys: Mapping[str, str]) -> Pair:
-    if set(keys) != {"down", "up"}:
+    if not keys.keys() >= {"down", "up"}:
         raise LoraFileError(
             f"{header.path}: module {name} has only {sorted(keys.values())}; a LoRA needs both halves."
         )
@@ -315,9 +316,23 @@ def _pair(header: _Header, part: str, name: str, keys: Mapping[str, str]) -> Pai
     if down[0] > MAX_RANK:
         raise LoraFileError(f"{header.path}: rank {down[0]} of {name} makes no sense.")
     alpha = header.alpha(part, name, down[0])
-    if not math.isfinite(alpha) or not 1e-3 <= abs(alpha) / down[0] <= 1e3:
+    if not abs(alpha) <= _FLOAT_MAX:  # NaN too
         raise LoraFileError(f"{header.path}: alpha {alpha} of {name} (rank {down[0]}) makes no sense.")
-    return Pair(keys["down"], keys["up"], down, up, alpha)
+    magnitude = keys.get("magnitude")
+    if magnitude and not _one_a_row(magnitude, header.shapes[magnitude], up[0]):
+        raise LoraFileError(
+            f"{header.path}: {magnitude} is of shape {list(header.shapes[magnitude])}; PEFT's DoRA has one magnitude "
+            f"for each of the {up[0]} outputs."
+        )
+    return Pair(keys["down"], keys["up"], down, up, alpha, magnitude)
+
+
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+def _one_a_row(key: str, shape: tuple[int, ...], rows: int) -> bool:
+    """Whether there is one magnitude for each output. kohya's may be for each input: (1, in) instead of (out, 1)."""
+    return math.prod(shape) == rows and (not key.endswith("dora_scale") or shape[:1] == (rows,))
 
 
 def _format(modules: Mapping[str, Pair]) -> str:
@@ -335,127 +350,84 @@ def _cross_attention_dim(modules: Mapping[str, Pair]) -> int | None:
 
 
 def cover(part: str, modules: Mapping[str, Pair], layers: Mapping[str, nn.Module]) -> Coverage:
-    """Match a file's modules with the layers of a part (`lcmlora.unets.layers`), by name and by shape.
+    """Match a file's modules with the layers of a part, by name and by shape.
 
     Args:
         part: "unet", "text_encoder" or "text_encoder_2".
         modules: of `LoraInfo.modules` or `.text_modules[part]`.
-        layers: the part's layers by their own names.
+        layers: the part's layers by their own names: its own (`lcmlora.unets.layers`), or those of motion modules too.
     """
-    names = _spellings(layers) if part == "unet" else _text_spellings(part, layers)
+    names = spellings.unet_spellings(layers) if part == "unet" else spellings.text_spellings(part, layers)
     pairs: dict[str, Pair] = {}
-    clashes, foreign = [], []
-    for module, pair in modules.items():
-        name = names.get(_plain(part, module).replace(".processor", ""))
-        if name is None or name in pairs:  # a layer under two names would count twice
+    clashes: list[str] = []
+    foreign, doubled = [], []
+    for module in sorted(modules, key=spellings.preference):
+        name = names.get(spellings.plain(part, module).replace(".processor", ""))
+        if name is None:
             foreign.append(module)
-        elif pair.fits(layers[name]):
-            pairs[name] = pair
+        elif name in pairs or name in clashes:
+            doubled.append(module)
+        elif modules[module].fits(layers[name]):
+            pairs[name] = modules[module]
         else:
             clashes.append(name)
-    return Coverage(pairs, tuple(clashes), tuple(foreign))
+    return Coverage(pairs, tuple(clashes), tuple(foreign), tuple(doubled))
 
 
-def _spellings(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Every way a LoRA file may write a UNet layer's name -> the name."""
-    per_block = 1 + max(
-        (int(m[1]) for name in layers if (m := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", name))), default=0
-    )
-    table = {}
-    for name in layers:
-        table[name] = name
-        table[name.replace(".to_out.0", ".to_out")] = name  # old attention-processor keys
-        table["lora_unet_" + name.replace(".", "_")] = name
-        table["lora_unet_" + _sgm(name, per_block).replace(".", "_")] = name
-    return table
-
-
-def _text_spellings(part: str, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Every way a LoRA file may write a text encoder's layer -> its name in this transformers version.
-
-    Since transformers 5 a CLIPTextModel's layers are called `encoder...`; files say `text_model.encoder...`.
-    """
-    prefixes = [prefix for prefix, of in _PREFIXES.items() if of == part and prefix.startswith("lora_")]
-    old = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-    table = {}
-    for name in layers:
-        bare = name.removeprefix("text_model.")
-        for spelling in (bare, f"text_model.{bare}"):
-            table[spelling] = name
-            front, _, last = spelling.rpartition(".")
-            table[f"{front}.{old.get(last, last)}"] = name
-            table.update({prefix + spelling.replace(".", "_"): name for prefix in prefixes})
-    return table
-
-
-_SGM_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_SGM_INSIDE = (
-    ("conv1", "in_layers.2"),
-    ("conv2", "out_layers.3"),
-    ("time_emb_proj", "emb_layers.1"),
-    ("conv_shortcut", "skip_connection"),
-)
-
-
-def _sgm(name: str, per_block: int) -> str:
-    """The name of a layer in Stability's own code, whose UNet counts its blocks through.
-
-    `per_block` is the number of resnets of a down block (the config's `layers_per_block`).
-    """
-    down = re.match(r"down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\.(.*)", name)
-    mid = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", name)
-    up = re.match(r"up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d+)\.(.*)", name)
-    if down:
-        block, kind, index, rest = int(down[1]), down[2], int(down[3]), down[4]
-        if kind == "downsamplers":
-            return f"input_blocks.{(block + 1) * (per_block + 1)}.0.op"
-        front = f"input_blocks.{1 + block * (per_block + 1) + index}.{int(kind == 'attentions')}"
-    elif mid:
-        kind, index, rest = mid[1], int(mid[2]), mid[3]
-        front = f"middle_block.{1 if kind == 'attentions' else 2 * index}"
-    elif up:
-        block, kind, index, rest = int(up[1]), up[2], int(up[3]), up[4]
-        if kind == "upsamplers":  # after the resnet and, where there is one, the attention: diffusers takes it for 2
-            return f"output_blocks.{block * (per_block + 1) + per_block}.2.conv"
-        front = f"output_blocks.{block * (per_block + 1) + index}.{int(kind == 'attentions')}"
-    else:
-        return _SGM_OUTSIDE.get(name, name)
-    if kind == "resnets":
-        rest = next((rest.replace(ours, theirs) for ours, theirs in _SGM_INSIDE if rest == ours), rest)
-    return f"{front}.{rest}"
-
-
-def load(path: Path, pair: Pair, file: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+def load(file: LoraFile, pair: Pair, opened: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The two halves of a pair as float32 matrices: up (out, rank) and down (rank, in).
 
+    Args:
+        file: the file.
+        pair: the module in it.
+        opened: what `file.opened()` gives.
+
     Raises:
-        LoraFileError: they hold NaN or infinity.
+        LoraFileError: they can't be read, or hold NaN or infinity.
     """
-    if file is None:
-        with safe_open(path, "pt") as opened:
-            return load(path, pair, opened)
-    up, down = (file.get_tensor(key).flatten(1).float() for key in (pair.up, pair.down))
-    if not all(torch.isfinite(extreme) for half in (up, down) for extreme in half.aminmax()):  # NaN is both
-        raise LoraFileError(f"{path}: {pair.up} or {pair.down} holds NaN or infinity; the file is damaged.")
-    return up, down
+    up, down = _finite(file, opened, pair.up, pair.down)
+    return up.flatten(1), down.flatten(1)
 
 
-def inspect_lora(source: str | Path, weight_name: str | None = None, **hub: Any) -> LoraInfo:
+def load_magnitude(file: LoraFile, pair: Pair, opened: Any) -> torch.Tensor | None:
+    """DoRA's magnitudes as a float32 vector; None where there are none. Arguments and errors as for `load`."""
+    if pair.magnitude is None:
+        return None
+    return next(_finite(file, opened, pair.magnitude)).flatten()
+
+
+def _finite(file: LoraFile, opened: Any, *keys: str) -> Iterator[torch.Tensor]:
+    for key in keys:
+        try:
+            tensor = opened.get_tensor(key).float()
+        except READ_ERRORS as error:
+            raise file.unreadable(error) from error
+        if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):  # NaN is both
+            raise LoraFileError(f"{file.label}: {key} holds NaN or infinity; the file is damaged.")
+        yield tensor
+
+
+def inspect_lora(
+    source: Given,
+    weight_name: str | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> LoraInfo:
     """What a LoRA file holds, without loading its weights.
 
     Args:
-        source: repository id, folder or safetensors file.
-        weight_name: the file's name there, where it is not `pytorch_lora_weights.safetensors`.
-        hub: `revision`, `cache_dir`, `token`, `local_files_only`, as in `huggingface_hub.hf_hub_download`.
+        source: a file, a folder, a repository id, or a dict of tensors.
+        weight_name: the file's name in a folder or repository, where it is not `pytorch_lora_weights.safetensors`.
+        subfolder: the folder inside that folder or repository.
+        revision: the repository's branch, tag or commit.
+        cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
 
     Raises:
         LoraFileError: it is not there, or can't be read as a LoRA.
     """
-    return read(find_file(source, weight_name, **hub))
+    hub = HubOptions(cache_dir, token, local_files_only)
+    return read(Source.of(source, weight_name, subfolder, revision).find(hub))

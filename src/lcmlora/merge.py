@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from .errors import LoraFileError, PipelineError
-from .lorafile import Pair, load
+from .lorafile import LoraFile, Pair, load, load_magnitude
 
 Keep = Literal["memory", "disk", None]
 Halves = tuple[float, torch.Tensor, torch.Tensor]
@@ -44,7 +43,7 @@ class Lora(Protocol):
 class FileLora:
     """A LoRA in a file: its pairs by layer name."""
 
-    path: Path
+    file: LoraFile
     pairs: Mapping[str, Pair]
 
     @property
@@ -52,15 +51,51 @@ class FileLora:
         """The layers it touches."""
         return frozenset(self.pairs)
 
+    @property
+    def label(self) -> str:
+        """Its file's path, or what else it is."""
+        return self.file.label
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why it can't be merged into weights; None where it can."""
+        dora = any(pair.magnitude for pair in self.pairs.values())
+        return f"{self.label} is a DoRA, of which up @ down tells only a part" if dora else None
+
+    def check(self) -> None:
+        """Whether its file still is what was found; nothing is read.
+
+        Raises:
+            LoraFileError: it is gone, or was written to.
+        """
+        self.file.check()
+
     @contextmanager
     def opened(self) -> Iterator[Any]:
         """See `Lora.opened`.
 
         Raises:
-            LoraFileError: when a half holds NaN or infinity.
+            LoraFileError: it is a DoRA; or as for `opened_whole`.
         """
-        with safe_open(self.path, "pt") as file:
-            yield lambda layer: (self.pairs[layer].scale, *load(self.path, self.pairs[layer], file))
+        if self.unmergeable:
+            raise LoraFileError(f"{self.unmergeable}: fuse=False leaves it an adapter.")
+        with self.opened_whole() as read:
+            yield lambda layer: read(layer)[:3]
+
+    @contextmanager
+    def opened_whole(self) -> Iterator[Any]:
+        """The same with DoRA's magnitudes as a fourth value, None where there are none.
+
+        Raises:
+            LoraFileError: the file is gone, was written to or is damaged; a half holds NaN or infinity.
+        """
+        with self.file.opened() as file:
+
+            def read(layer: str) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+                pair = self.pairs[layer]
+                return (pair.scale, *load(self.file, pair, file), load_magnitude(self.file, pair, file))
+
+            yield read
 
 
 class Originals:
@@ -211,6 +246,7 @@ def _remove(file: Any, path: str) -> None:
     Path(path).unlink(missing_ok=True)
 
 
+@torch.no_grad()  # as a `with` of ours, an interruption at its end would leave gradients off for good
 def merge(
     layers: Mapping[str, nn.Module], loras: Mapping[str, Lora], weights: Mapping[str, float], originals: Originals
 ) -> None:
@@ -228,7 +264,7 @@ def merge(
         LoraFileError: a LoRA holds NaN or infinity, or its sum with a weight does.
     """
     tiles = _Tiles()
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         halves = {name: stack.enter_context(lora.opened()) for name, lora in loras.items()}
         # sorted: the sum must not hang on the order in which styles came
         active = [(name, loras[name].layers) for name in sorted(loras) if weights.get(name)]

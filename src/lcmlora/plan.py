@@ -19,8 +19,9 @@ from .adapters import Adapters, tuner_layers
 from .calls import caller_depth
 from .compiling import Compile
 from .errors import BaseModelError, LcmLoraWarning, LoraFileError, LoraMismatchError, PipelineError
-from .lorafile import LoraInfo, cover, find_file, read
+from .lorafile import Coverage, HubOptions, LoraInfo, Source, cover, read
 from .merge import FileLora, Keep, Lora, check_room
+from .sources import Given, not_a_source
 from .unets import layers, lcm_layers, unet_of
 
 LCM = "lcmlora_lcm"
@@ -32,26 +33,44 @@ Fuse = Literal["auto", True, False]
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """A style LoRA and how strongly it counts.
+    """A style LoRA and how strongly it counts. Two styles are equal if they come from one place at one weight.
 
     Args:
-        source: a repository of the hub, a folder, or a safetensors file.
+        source: a safetensors file, a folder, a repository of the hub, or a dict of tensors.
         weight: what its change of the weights is multiplied with; 1 is as trained, 0.8 leaves LCM room (LCM-LoRA
             report).
         weight_name: the file's name in the repository or folder, if it is not `pytorch_lora_weights.safetensors`.
+        subfolder: the folder inside the repository or folder.
+        revision: the repository's branch, tag or commit.
+
+    Raises:
+        LoraFileError: the source is nothing that a LoRA can be given as.
     """
 
-    source: str | Path
+    source: Given = dataclasses.field(compare=False, repr=False)
     weight: float = 0.8
-    weight_name: str | None = None
+    weight_name: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    subfolder: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    revision: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    origin: Source = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.source is None:  # for an LCM-LoRA None is the base's own
+            raise not_a_source(None)
+        origin = Source.of(self.source, self.weight_name, self.subfolder, self.revision)
+        object.__setattr__(self, "origin", origin)
 
     @staticmethod
-    def of(source: str | Path | Style) -> Style:
-        """A source alone stands for the style at its usual weight."""
+    def of(source: Given | Style) -> Style:
+        """A source alone stands for the style at its usual weight.
+
+        Raises:
+            LoraFileError: it is nothing that a LoRA can be given as.
+        """
         return source if isinstance(source, Style) else Style(source)
 
 
-Styles = Mapping[str, "str | Path | Style"]
+Styles = Mapping[str, "Given | Style"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +78,12 @@ class Request:
     """What the caller of `accelerate` asked of the weights. Two equal requests are the same acceleration."""
 
     base: str
-    lora: str | Path | None
-    weight_name: str | None
+    lora: Source
     weight: float | None
     styles: tuple[tuple[str, Style], ...]
     fuse: Fuse
     keep: Keep
-    hub: tuple[tuple[str, Any], ...]
+    hub: HubOptions
     compile: Compile = False
 
 
@@ -94,7 +112,7 @@ class Plan:
 
     Attributes:
         base: the base, or None for a UNet of no known structure with a LoRA of its own.
-        lcm: the LCM-LoRA's file.
+        lcm: the LCM-LoRA's file, or what else it is.
         parts: what is changed: the UNet first.
         weights: each LoRA's, by name.
         scheduler: the one that the pipe will get.
@@ -102,7 +120,7 @@ class Plan:
     """
 
     base: registry.Base | None
-    lcm: Path
+    lcm: str
     parts: tuple[Part, ...]
     weights: Mapping[str, float]
     scheduler: LCMScheduler
@@ -123,15 +141,15 @@ def make(pipe: Any, request: Request) -> Plan:
     unet = _usable_unet(pipe)
     _usable_schedule(pipe)
     base = _base(unet, request)
-    lcm = lcm_lora(unet, base, request)
+    lcm = lcm_lora(unet, base, request.lora, request.hub)
     files: dict[str, dict[str, FileLora]] = {"unet": {LCM: lcm}}
     adapters = Adapters(unet)
     taken = {LCM, *adapters.names}
     for name, style in request.styles:
         check_style_name(name, taken)
-        for part, lora in style_loras(pipe, name, style, dict(request.hub)).items():
+        for part, lora in style_loras(pipe, name, style, request.hub).items():
             files.setdefault(part, {})[name] = lora
-    fuse = _fuse(unet, adapters, request.fuse)
+    fuse = _fuse(unet, adapters, request.fuse, files)
     parts = tuple(
         part_for(pipe, name, fuse, files.get(name))
         for name in ("unet", *TEXT_ENCODERS)
@@ -142,7 +160,7 @@ def make(pipe: Any, request: Request) -> Plan:
     _hint(pipe, weights)
     return Plan(
         base=base,
-        lcm=lcm.path,
+        lcm=lcm.label,
         parts=parts,
         weights={**weights, **{name: style.weight for name, style in request.styles}, LCM: weight},
         scheduler=lcm_scheduler(pipe, base),
@@ -257,31 +275,39 @@ def _base(unet: nn.Module, request: Request) -> registry.Base | None:
             )
         return named
     found = registry.find_base(unet)
-    if found is None and request.lora is None:
+    if found is None and request.lora.where is None:
         raise BaseModelError(registry.unknown(unet))
     return found
 
 
-def lcm_lora(unet: nn.Module, base: registry.Base | None, request: Request) -> FileLora:
+def lcm_lora(unet: nn.Module, base: registry.Base | None, source: Source, hub: HubOptions) -> FileLora:
     """The LCM-LoRA asked for or the base's own; it has to cover every layer that an LCM-LoRA adapts, and no other
     UNet's.
+
+    Raises:
+        BaseModelError: the base's own is asked for, and there is none.
+        LoraFileError, LoraMismatchError: see `accelerate`.
     """
-    source, weight_name = request.lora, request.weight_name
-    if source is None:
-        assert base is not None
-        if base.lora is None:
-            raise BaseModelError(f"base {base.name!r} has no LCM-LoRA; pass lora=.")
-        source, weight_name = base.lora, base.weight_name
-    info = read(find_file(source, weight_name, **dict(request.hub)))
+    if source.where is None:
+        if base is None or base.lora is None:
+            raise BaseModelError(f"base {base.name if base else 'unknown'!r} has no LCM-LoRA; pass lora=.")
+        name = source.weight_name or base.weight_name
+        source = Source.of(base.lora, name, source.subfolder, source.revision)
+    file = source.find(hub)
+    info = read(file)
     if info.text_modules:
         raise LoraMismatchError(
             f"{info.describe()} has text-encoder keys, which an LCM-LoRA has not: is it a style LoRA? Pass styles=."
         )
     coverage = cover("unet", info.modules, layers(unet))
+    notes = (*info.notes, *coverage.notes)
     left_out = [name for name in lcm_layers(unet) if name not in coverage.pairs]
     if left_out or coverage.clashes or coverage.foreign:
-        raise LoraMismatchError(_mismatch(info, unet, base, left_out, coverage.clashes, coverage.foreign))
-    return FileLora(info.path, coverage.pairs)
+        dropped = f" Left out, as diffusers does: {'; '.join(notes)}." if notes else ""
+        raise LoraMismatchError(_mismatch(info, unet, base, left_out, coverage.clashes, coverage.foreign) + dropped)
+    if notes:
+        _warn(f"the LCM-LoRA, {info.describe()}: left out, as diffusers does: {'; '.join(notes)}.")
+    return FileLora(file, coverage.pairs)
 
 
 def _mismatch(
@@ -304,7 +330,7 @@ def _mismatch(
     )
     title = base.title if base else registry.title_of(unet)
     return (
-        f"{info.path} does not fit this pipe, {title}: it {', '.join(parts)}."
+        f"{info.file.label if info.file else info.path} does not fit this pipe, {title}: it {', '.join(parts)}."
         + (f" It looks like an LCM-LoRA of {fits}." if fits and fits != title else "")
         + way_out
     )
@@ -320,29 +346,65 @@ def check_style_name(name: str, taken: set[str]) -> None:
         raise PipelineError(f"style name {name!r} can't be used: taken already, reserved, empty, or with a dot in it.")
 
 
-def style_loras(pipe: Any, name: str, style: Style, hub: dict[str, Any]) -> dict[str, FileLora]:
+def style_loras(pipe: Any, name: str, style: Style, hub: HubOptions) -> dict[str, FileLora]:
     """A style's LoRA for each part of the pipe. It may cover little, but not nothing, and must not clash.
+
+    What it has for a text encoder that is not there, or for more layers than that has, is left out with a warning.
 
     Raises:
         LoraFileError, LoraMismatchError: see `accelerate`.
     """
-    info = read(find_file(style.source, style.weight_name, **hub))
-    loras = {}
+    file = style.origin.find(hub)
+    info = read(file)
+    loras: dict[str, FileLora] = {}
+    notes = [f"left out, as diffusers does: {note}" for note in info.notes]
     for part, modules in {"unet": info.modules, **info.text_modules}.items():
         module = unet_of(pipe) if part == "unet" else getattr(pipe, part, None)
         coverage = cover(part, modules, layers(module) if isinstance(module, nn.Module) else {})
-        odd = (*coverage.clashes, *coverage.foreign)
-        if odd:
-            unet = unet_of(pipe)
-            assert unet is not None
-            raise LoraMismatchError(
-                f"style {name!r}, {info.describe()}, does not fit this pipe's {part} (text width of the UNet "
-                f"{registry.signature(unet)[0]}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have "
-                f"other shapes, {len(coverage.foreign)} do not exist, such as {odd[0]}."
-            )
+        skipped = None if part == "unet" else _skipped(part, module, coverage)
+        if coverage.clashes or (coverage.foreign and not skipped):
+            raise LoraMismatchError(_style_mismatch(pipe, name, info, part, coverage))
+        notes += [f"left out, as diffusers does: {note}" for note in coverage.notes]
+        notes += [skipped] if skipped else []
         if coverage.pairs:
-            loras[part] = FileLora(info.path, coverage.pairs)
+            loras[part] = FileLora(file, coverage.pairs)
+    if not loras:
+        raise LoraMismatchError(f"style {name!r}, {info.describe()}, has nothing for this pipe: {'; '.join(notes)}.")
+    if notes:
+        _warn(f"style {name!r}, {info.describe()}: {'; '.join(notes)}.")
     return loras
+
+
+def _skipped(part: str, module: Any, coverage: Coverage) -> str | None:
+    """What of a style's text keys is left out and why; None where nothing is, or where nothing fits at all."""
+    count = len(coverage.foreign)
+    if not isinstance(module, nn.Module):
+        return f"{count} modules are left out, as this pipe has no {part}"
+    if not count or not (coverage.pairs or all(_beyond(name, module) for name in coverage.foreign)):
+        return None
+    return (
+        f"{count} modules are left out, as this pipe's {part} has no such layers (it may be cut for clip skip), such "
+        f"as {coverage.foreign[0]}"
+    )
+
+
+def _beyond(name: str, encoder: nn.Module) -> bool:
+    """Whether a module's name in a file counts more layers than the text encoder has."""
+    number = r"layers[._](\d+)[._]"
+    have = [int(m[1]) for own in layers(encoder) if (m := re.search(number, own))]
+    wanted = re.search(number, name)
+    return bool(have and wanted and int(wanted[1]) > max(have))
+
+
+def _style_mismatch(pipe: Any, name: str, info: LoraInfo, part: str, coverage: Coverage) -> str:
+    unet = unet_of(pipe)
+    assert unet is not None
+    odd = (*coverage.clashes, *coverage.foreign)
+    return (
+        f"style {name!r}, {info.describe()}, does not fit this pipe's {part} (text width of the UNet "
+        f"{registry.signature(unet)[0]}): {len(coverage.pairs)} modules fit, {len(coverage.clashes)} have "
+        f"other shapes, {len(coverage.foreign)} do not exist, such as {odd[0]}."
+    )
 
 
 def _adapted(module: Any) -> bool:
@@ -356,7 +418,7 @@ def part_for(pipe: Any, name: str, fuse: bool, files: Mapping[str, Lora] | None 
     adapters = Adapters(module)
     # "auto" may have found that the UNet can't be merged; a text encoder that can't gets adapters, which cost little
     # there
-    fuse = fuse and _not_mergeable(module, adapters) is None
+    fuse = fuse and _not_mergeable(module, adapters, files) is None
     return Part(name, module, adapters, {**adapters.loras, **(files or {})}, fuse)
 
 
@@ -365,16 +427,37 @@ def _room(part: Part, keep: Keep) -> int:
     return check_room(layers(part.module), touched, keep)
 
 
-def _fuse(unet: nn.Module, adapters: Adapters, wanted: Fuse) -> bool:
+def _fuse(unet: nn.Module, adapters: Adapters, wanted: Fuse, files: Mapping[str, Mapping[str, Lora]]) -> bool:
     """Whether the weights can be merged. "auto" leaves adapters where they can't, True refuses."""
-    odd = _not_mergeable(unet, adapters)
-    if odd and wanted is True:
+    odd = _not_mergeable(unet, adapters, files["unet"])
+    others = {name: lora for loras in files.values() for name, lora in loras.items()}
+    if wanted is True and (odd := odd or _unmergeable(others)):
         raise PipelineError(f"fuse=True is impossible here: {odd}. fuse=False leaves PEFT adapters instead.")
     return wanted is not False and odd is None
 
 
-def _not_mergeable(module: nn.Module, adapters: Adapters) -> str | None:
-    """Why a model's weights can't be merged into; None where they can."""
+def _unmergeable(loras: Mapping[str, Lora] | None) -> str | None:
+    reasons = (getattr(lora, "unmergeable", None) for lora in (loras or {}).values())
+    return next((reason for reason in reasons if reason), None)
+
+
+def check_mergeable(part: Part, loras: Mapping[str, Lora] | None) -> None:
+    """Refuse new LoRAs that a merged part can't take.
+
+    Raises:
+        PipelineError: one can't be merged.
+    """
+    if part.merged and (reason := _unmergeable(loras)):
+        raise PipelineError(
+            f"this pipe's {part.name} is merged, and {reason}. Call restore(pipe), then accelerate(pipe, styles=...) "
+            "with this style, which leaves adapters."
+        )
+
+
+def _not_mergeable(module: nn.Module, adapters: Adapters, loras: Mapping[str, Lora] | None = None) -> str | None:
+    """Why these LoRAs can't be merged into a model's weights; None where they can."""
+    if reason := _unmergeable(loras):
+        return reason
     if not adapters.plain:
         return "an adapter in it is no plain LoRA (DoRA or the like)"
     for name, layer in layers(module).items():

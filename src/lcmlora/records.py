@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, TypeVar
 
 from . import adapters, calls, decoders, merge
@@ -68,7 +67,7 @@ class UnetRecord:
 
     request: Request
     base: Base | None
-    lcm: Path
+    lcm: str
     parts: dict[str, Part]
     weights: dict[str, float]
     originals: merge.Originals

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from . import adapters, merge, plan
 from .errors import PipelineError
 from .plan import LCM, Part, Style
 from .records import Pipe, Undo, UnetRecord, change, lock, pipe_record_of, push_return, record_of, require_originals
+from .sources import Given
 from .unets import layers
 
 
-def set_styles(pipe: Pipe, styles: Mapping[str, float | str | Path | Style]) -> Pipe:
+def set_styles(pipe: Pipe, styles: Mapping[str, float | Given | Style]) -> Pipe:
     """Change the styles of an accelerated pipe: which there are, and how strongly they count. The LCM-LoRA stays.
 
     Merged weights are computed anew from the originals, so any number of changes leaves exactly what `accelerate` with
@@ -58,17 +58,17 @@ def set_styles(pipe: Pipe, styles: Mapping[str, float | str | Path | Style]) -> 
 
 
 def _restyled(
-    pipe: Any, record: UnetRecord, styles: Mapping[str, float | str | Path | Style]
+    pipe: Any, record: UnetRecord, styles: Mapping[str, float | Given | Style]
 ) -> tuple[dict[str, Part], dict[str, float]]:
     """The parts and weights that an accelerated pipe gets with these styles, all of it checked."""
     there = {name: lora for part in record.parts.values() for name, lora in part.loras.items() if name != LCM}
     weights = {LCM: record.weights[LCM]}
     files: dict[str, dict[str, merge.FileLora]] = {}
     for name, wanted in styles.items():
-        if isinstance(wanted, str | Path | Style):
-            style = Style.of(wanted)
+        if not hasattr(type(wanted), "__float__"):  # no number
+            style = Style.of(wanted)  # type: ignore[arg-type]
             plan.check_style_name(name, set(there) | set(weights))
-            for part_name, lora in plan.style_loras(pipe, name, style, dict(record.request.hub)).items():
+            for part_name, lora in plan.style_loras(pipe, name, style, record.request.hub).items():
                 files.setdefault(part_name, {})[name] = lora
             weights[name] = style.weight
         elif name not in there:
@@ -77,13 +77,17 @@ def _restyled(
                 "lcmlora.Style(source, weight)."
             )
         else:
-            weights[name] = wanted
+            weights[name] = wanted  # type: ignore[assignment]
         plan.check_weight(f"style {name!r}", weights[name])
     parts = {}
     for part_name in {**record.parts, **files}:
-        part = record.parts.get(part_name) or plan.part_for(pipe, part_name, record.fused)
+        part = record.parts.get(part_name) or plan.part_for(pipe, part_name, record.fused, files.get(part_name))
+        plan.check_mergeable(part, files.get(part_name))
         kept = {
             name: lora for name, lora in part.loras.items() if name in weights or not isinstance(lora, merge.FileLora)
         }
         parts[part_name] = dataclasses.replace(part, loras={**kept, **files.get(part_name, {})})
+        for name, here in parts[part_name].loras.items():
+            if part.merged and weights.get(name) and isinstance(here, merge.FileLora):
+                here.check()  # before anything is changed: the way back from a failure reads files too
     return parts, weights
