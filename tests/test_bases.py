@@ -17,9 +17,12 @@ from torch import nn
 import lcmlora
 from conftest import sd_pipe, tiny_unet, write_lora
 from lcmlora import base as registry
-from lcmlora.layers import TARGET_MODULES, layers
+from lcmlora.layers import TARGET_MODULES, ModuleIndex, layers
 from lcmlora.lora import files as lorafile
+from lcmlora.lora.sources import HubOptions, Source
 from lcmlora.transition import plan
+from lcmlora.transition.snapshot import Snapshot
+from lcmlora.transition.target import LCM, Target
 
 _SDXL = dict(
     sample_size=128,
@@ -109,9 +112,8 @@ def official_file(path: Path, unet: nn.Module, rank: int, alpha: float = 8.0) ->
     return path
 
 
-def request(lora: Path | str | None, base: str = "auto", **changes: object) -> plan.Request:
-    wanted = dict(base=base, lora=lora, weight_name=None, weight=None, styles=(), fuse="auto", keep="memory", hub=())
-    return plan.Request(**{**wanted, **changes})
+def request(lora: Path | str | None, base: str = "auto", **changes: object) -> Target:
+    return Target(base=base, lora=Source.of(lora), **changes)
 
 
 def hollow(unet: nn.Module) -> nn.Module:
@@ -205,9 +207,9 @@ def test_sd21_is_named_where_another_base_was_given(unets, files):
 @pytest.mark.parametrize("name", REPOSITORIES)
 def test_each_base_asks_for_its_own_repository(name, unets, tmp_path):
     base = lcmlora.detect_base(unets[name])
-    offline = (("cache_dir", tmp_path), ("local_files_only", True))
+    offline = HubOptions(tmp_path, local_files_only=True)
     with pytest.raises(lcmlora.LoraFileError) as caught:
-        plan.lcm_lora(unets[name], base, request(None, hub=offline))
+        plan.lcm_source(base, Source.of(None)).find(offline)
     assert f"hf download {REPOSITORIES[name]} pytorch_lora_weights.safetensors" in str(caught.value)
 
 
@@ -229,14 +231,14 @@ def test_the_files_are_as_the_published_ones(name, files):
 @pytest.mark.parametrize("file", CONFIGS)
 def test_every_file_on_every_unet(file, unet, files, unets):
     """Five pairs are right. Of the other twenty, diffusers would load six without an error."""
-    base = registry.find_base(unets[unet])
+    base = registry.find_base(registry.structure_of(unets[unet]))
     assert (base and base.name) == (None if unet == "sd21" else unet)
     if file == unet:
-        lora = plan.lcm_lora(unets[unet], base, request(files[file]))
-        assert (lora.path, len(lora.pairs)) == (files[file], MODULES[unet])
+        lora = plan.lcm_lora(ModuleIndex.of(unets[unet]), base, Source.of(files[file]).find())
+        assert (lora.label, len(lora.pairs)) == (str(files[file]), MODULES[unet])
         return
     with pytest.raises(lcmlora.LoraMismatchError) as caught:
-        plan.lcm_lora(unets[unet], base, request(files[file]))
+        plan.lcm_lora(ModuleIndex.of(unets[unet]), base, Source.of(files[file]).find())
     text = str(caught.value)
     assert f"does not fit this pipe, {TITLES[unet]}:" in text
     assert re.search(rf"It looks like \w+ LCM-LoRA of {re.escape(TITLES[file])}\.", text)
@@ -269,7 +271,10 @@ def test_names_and_shapes_alone_would_let_wrong_files_in(file, unet, files, unet
 def test_a_right_file_of_another_rank_is_right(unets, tmp_path):
     """lcm-lora-sdxl-rank1 and its like."""
     file = official_file(tmp_path / "small.safetensors", unets["sdxl"], rank=1, alpha=1.0)
-    assert len(plan.lcm_lora(unets["sdxl"], registry.by_name("sdxl"), request(file)).pairs) == 788
+    assert (
+        len(plan.lcm_lora(ModuleIndex.of(unets["sdxl"]), registry.by_name("sdxl"), Source.of(file).find()).pairs)
+        == 788
+    )
 
 
 # -- bases of one's own -----------------------------------------------------------------------------------------------
@@ -361,9 +366,9 @@ def test_animatelcm_is_never_found_by_itself(motion_unet, unets):
 
 def test_animatelcm_needs_motion_modules(motion_unet, unets, files):
     base = registry.by_name("animatelcm")
-    assert base.matches(motion_unet)
-    assert not base.matches(unets["sd15"])
-    assert not base.matches(unets["sdxl"])
+    assert base.matches(registry.structure_of(motion_unet), motion=ModuleIndex.of(motion_unet).has_motion)
+    assert not base.matches(registry.structure_of(unets["sd15"]), motion=ModuleIndex.of(unets["sd15"]).has_motion)
+    assert not base.matches(registry.structure_of(unets["sdxl"]), motion=True)
     words = r"base='animatelcm' was given, AnimateLCM .*, but the pipe's UNet is Stable Diffusion 1\.x \(base='sd15'\)"
     with pytest.raises(lcmlora.BaseModelError, match=words):
         lcmlora.accelerate(sd_pipe(unet=hollow(unets["sd15"])), base="animatelcm", lora=files["sd15"])
@@ -371,15 +376,18 @@ def test_animatelcm_needs_motion_modules(motion_unet, unets, files):
 
 def test_animatelcm_has_its_own_weight_betas_and_file(motion_unet, files, tmp_path):
     pipe = animate_pipe(hollow(motion_unet))
-    made = plan.make(pipe, request(files["sd15"], base="animatelcm"))
-    assert made.base is registry.by_name("animatelcm")
-    assert made.weights == {plan.LCM: 0.8}
-    assert made.scheduler.config.beta_schedule == "linear"
-    assert set(made.parts[0].loras) == {plan.LCM}
-    plain = plan.make(pipe, request(files["sd15"]))
-    assert (plain.base.name, plain.weights) == ("sd15", {plan.LCM: 1.0})
-    assert plain.scheduler.config.beta_schedule == pipe.scheduler.config.beta_schedule == "scaled_linear"
-    assert plan.make(pipe, request(files["sd15"], base="animatelcm", weight=0.5)).weights == {plan.LCM: 0.5}
-    offline = (("cache_dir", tmp_path), ("local_files_only", True))
+    now = Snapshot.of(pipe)
+    made = plan.make_plan(now, request(files["sd15"], base="animatelcm"))
+    base = made.applied.base
+    assert base is registry.by_name("animatelcm")
+    assert made.contents["unet"].weights == {LCM: 0.8}
+    assert plan.lcm_scheduler(pipe.scheduler, base).config.beta_schedule == "linear"
+    assert set(made.contents["unet"].loras) == {LCM}
+    plain = plan.make_plan(now, request(files["sd15"]))
+    assert (plain.applied.base.name, plain.contents["unet"].weights) == ("sd15", {LCM: 1.0})
+    assert plan.lcm_scheduler(pipe.scheduler, plain.applied.base).config.beta_schedule == "scaled_linear"
+    lighter = plan.make_plan(now, request(files["sd15"], base="animatelcm", weight=0.5))
+    assert lighter.contents["unet"].weights == {LCM: 0.5}
+    offline = HubOptions(tmp_path, local_files_only=True)
     with pytest.raises(lcmlora.LoraFileError, match=r"wangfuyun/AnimateLCM AnimateLCM_sd15_t2v_lora\.safetensors"):
-        plan.make(pipe, request(None, base="animatelcm", hub=offline))
+        plan.make_plan(now, request(None, base="animatelcm", hub=offline))

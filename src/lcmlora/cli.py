@@ -73,6 +73,8 @@ def inspect(source: str, weight_name: str | None) -> None:
         f"format {info.format}; alphas {', '.join(f'{a:g}' for a in info.alphas)}; "
         f"{sum(map(len, info.text_modules.values()))} text-encoder modules"
     )
+    for note in info.notes:
+        click.echo(f"left out, as diffusers does: {note}")
 
 
 def _settings(command: Any) -> Any:

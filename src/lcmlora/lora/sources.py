@@ -112,7 +112,7 @@ class Source:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         repository, name = str(self.where), self.weight_name or WEIGHT_NAME
-        options: dict[str, Any] = {"subfolder": self.subfolder, **vars(hub)}
+        options: dict[str, Any] = {"subfolder": self.subfolder, "revision": self.revision, **vars(hub)}
         try:
             return str(hf_hub_download(repository, name, **options))
         except Exception as error:  # the hub raises many kinds, none of them tells what to type

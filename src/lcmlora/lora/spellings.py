@@ -60,9 +60,9 @@ def second_half(modules: Iterable[str]) -> tuple[list[str], str]:
             kohya.append(module)
             sgm += [module] if is_sgm(module) else []
     if kohya and blocks[False]:
-        return kohya, "keys in kohya's format, beside keys in diffusers' own"
+        return kohya, "modules in kohya's format, beside some in diffusers' own"
     if sgm and blocks[True]:
-        return sgm, "modules with sgm block names, beside diffusers block names"
+        return sgm, "modules with sgm block names, beside some with diffusers block names"
     return [], ""
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from diffusers import LCMScheduler
 
 from .. import base as bases
 from ..errors import BaseModelError, LoraMismatchError, PipelineError
+from ..layers import ModuleIndex
 from ..lora.files import Coverage, LoraInfo, cover, read
 from ..lora.merge import FileLora, Lora, Weight, contributions, parameter_of
 from ..lora.originals import check_room
-from ..lora.sources import HubOptions, Source
+from ..lora.sources import LoraFile, Source
 from ..warn import warn
 from .records import AS_FOUND, Applied, Content, stands_for
 from .snapshot import Component, Snapshot, check_rules, not_in_memory, signs_of_speed
@@ -37,20 +39,30 @@ class Plan:
     contents: Mapping[str, Content]
 
 
-def make_plan(snapshot: Snapshot, target: Target) -> Plan:
+def make_plan(snapshot: Snapshot, target: Target, anew: Collection[str] = ()) -> Plan:
     """Check everything that can be checked without touching the pipe.
+
+    Args:
+        snapshot: the pipe.
+        target: what it shall be.
+        anew: the names of the LoRAs whose sources were given just now. The others' files have to be what they were.
 
     Raises:
         PipelineError, BaseModelError, LoraFileError, LoraMismatchError: see `accelerate`.
     """
     check_rules(snapshot)
     base = _base(snapshot, target)
-    lcm = lcm_lora(snapshot, base, target)
+    before = snapshot.unet.record.applied if snapshot.unet.record else None
+    known = {name: file for name, file in (before.files if before else {}).items() if name not in anew}
+    same_lcm = before is not None and target.adapter_name not in anew and base == before.base
+    lcm_file = before.lcm.file if before and same_lcm else lcm_source(base, target.lora).find(target.hub)
+    lcm = lcm_lora(snapshot.unet.index, base, lcm_file)
     _check_adapter_name(snapshot, target)
     files: Files = {"unet": {target.adapter_name: lcm}}
-    for name in target.styles:
-        if name in target.sources:
-            for part, lora in style_loras(snapshot, name, target.sources[name], target.hub).items():
+    for name in target.sources:
+        if name in target.styles:
+            known[name] = known.get(name) or target.sources[name].find(target.hub)
+            for part, lora in style_loras(snapshot, name, known[name]).items():
                 files.setdefault(part, {})[name] = lora
     weight = target.weight if target.weight is not None else (base.weight if base else 1.0)
     weights = {**target.styles, target.adapter_name: weight}
@@ -58,7 +70,7 @@ def make_plan(snapshot: Snapshot, target: Target) -> Plan:
         _warn_if_doubtful(snapshot)
     contents = _contents(snapshot, target, files, weights)
     _check_room(snapshot, contents, target)
-    return Plan(Applied(target, base, lcm, float(weight)), contents)
+    return Plan(Applied(target, base, lcm, float(weight), known), contents)
 
 
 def _check_adapter_name(snapshot: Snapshot, target: Target) -> None:
@@ -94,30 +106,36 @@ def _base(snapshot: Snapshot, target: Target) -> bases.Base | None:
     return found
 
 
-def lcm_lora(snapshot: Snapshot, base: bases.Base | None, target: Target) -> FileLora:
-    """The LCM-LoRA asked for or the base's own; it has to cover every layer that an LCM-LoRA adapts, and no other
-    UNet's.
+def lcm_source(base: bases.Base | None, source: Source) -> Source:
+    """Where the LCM-LoRA asked for, or the base's own, is.
+
+    Raises:
+        BaseModelError: the base's own is asked for, and there is none.
     """
-    source = target.lora
-    if source.where is None:
-        assert base is not None
-        if base.lora is None:
-            raise BaseModelError(f"base {base.name!r} has no LCM-LoRA; pass lora=.")
-        own = source.weight_name or base.weight_name
-        source = Source.of(base.lora, own, source.subfolder, source.revision)
-    file = source.find(target.hub)
+    if source.where is not None:
+        return source
+    if base is None or base.lora is None:
+        raise BaseModelError(f"base {base.name if base else 'unknown'!r} has no LCM-LoRA; pass lora=.")
+    return Source.of(base.lora, source.weight_name or base.weight_name, source.subfolder, source.revision)
+
+
+def lcm_lora(index: ModuleIndex, base: bases.Base | None, file: LoraFile) -> FileLora:
+    """An LCM-LoRA; it has to cover every layer that an LCM-LoRA adapts, and no other UNet's.
+
+    Raises:
+        LoraFileError, LoraMismatchError: see `accelerate`.
+    """
     info = read(file)
     if info.text_modules:
         raise LoraMismatchError(
             f"{info.describe()} has text-encoder keys, which an LCM-LoRA has not: is it a style LoRA? Pass styles=."
         )
-    index = snapshot.unet.index
     coverage = cover("unet", info.modules, index.own)
     notes = (*info.notes, *coverage.notes)
     left_out = [name for name in index.lcm if name not in coverage.pairs]
     if left_out or coverage.clashes or coverage.foreign:
         dropped = f" Left out, as diffusers does: {'; '.join(notes)}." if notes else ""
-        words = _mismatch(info, snapshot.structure, base, left_out, coverage.clashes, coverage.foreign)
+        words = _mismatch(info, bases.structure_of(index), base, left_out, coverage.clashes, coverage.foreign)
         raise LoraMismatchError(words + dropped)
     if notes:
         warn(f"the LCM-LoRA, {info.describe()}: left out, as diffusers does: {'; '.join(notes)}.")
@@ -150,7 +168,7 @@ def _mismatch(
     )
 
 
-def style_loras(snapshot: Snapshot, name: str, source: Source, hub: HubOptions) -> dict[str, FileLora]:
+def style_loras(snapshot: Snapshot, name: str, file: LoraFile) -> dict[str, FileLora]:
     """A style's LoRA for each part of the pipe. It may cover little, but not nothing, and must not clash.
 
     What it has for a text encoder that is not there, or for more layers than that has, is left out with a warning.
@@ -158,7 +176,6 @@ def style_loras(snapshot: Snapshot, name: str, source: Source, hub: HubOptions) 
     Raises:
         LoraFileError, LoraMismatchError: see `accelerate`.
     """
-    file = source.find(hub)
     info = read(file)
     loras: dict[str, FileLora] = {}
     notes = [f"left out, as diffusers does: {note}" for note in info.notes]
@@ -184,12 +201,20 @@ def _skipped(part: str, component: Component | None, coverage: Coverage) -> str 
     count = len(coverage.foreign)
     if component is None:
         return f"{count} modules are left out, as this pipe has no {part}"
-    if not count or not coverage.pairs:
+    if not count or not (coverage.pairs or all(_beyond(name, component) for name in coverage.foreign)):
         return None
     return (
         f"{count} modules are left out, as this pipe's {part} has no such layers (it may be cut for clip skip), such "
         f"as {coverage.foreign[0]}"
     )
+
+
+def _beyond(name: str, component: Component) -> bool:
+    """Whether a module's name in a file counts more layers than the text encoder has."""
+    number = r"layers[._](\d+)[._]"
+    have = [int(m[1]) for own in component.index.layers if (m := re.search(number, own))]
+    wanted = re.search(number, name)
+    return bool(have and wanted and int(wanted[1]) > max(have))
 
 
 def _style_mismatch(snapshot: Snapshot, name: str, info: LoraInfo, part: str, coverage: Coverage) -> str:
@@ -205,11 +230,15 @@ def _contents(snapshot: Snapshot, target: Target, files: Files, weights: Mapping
     """What goes into each component. The UNet first: whether it is merged decides for the others."""
     contents: dict[str, Content] = {}
     for name, component in snapshot.components.items():
-        late = _late(component)
-        loras: dict[str, Lora] = {**component.found.loras, **_absorbed(component), **late, **files.get(name, {})}
+        loras: dict[str, Lora] = {
+            **component.found.loras,
+            **_absorbed(component),
+            **component.late,
+            **files.get(name, {}),
+        }
         here = {n: w for n, w in weights.items() if n in loras}
         fuse = target.fuse is not False and (name == "unet" or contents["unet"].merged)
-        given_up = any(any(lora.found.values()) and n not in here for n, lora in late.items())
+        given_up = any(any(lora.found.values()) and n not in here for n, lora in component.late.items())
         differs = bool(files.get(name)) or given_up or _differs(component, here)
         if not differs and not (fuse and component.found.active):
             contents[name] = AS_FOUND
@@ -226,14 +255,6 @@ def _contents(snapshot: Snapshot, target: Target, files: Files, weights: Mapping
     return contents
 
 
-def _late(component: Component) -> dict[str, Lora]:
-    """The adapters that somebody loaded after lcmlora had changed the component, and not through lcmlora."""
-    if component.record is None:
-        return {}
-    ours = {*component.record.content.loras, *component.found.names}
-    return {name: lora for name, lora in component.adapters.loras.items() if name not in ours}
-
-
 def _absorbed(component: Component) -> dict[str, Lora]:
     """Those of them that lcmlora has taken in since."""
     there = component.record.content.loras if component.record else {}
@@ -247,12 +268,8 @@ def _differs(component: Component, weights: Mapping[str, Weight]) -> bool:
 
 
 def _why_not_mergeable(component: Component, loras: Mapping[str, Lora], weights: Mapping[str, Weight]) -> str | None:
-    if component.record is None or not component.record.content.merged:
-        why = component.why_not_mergeable
-    else:
-        why = component.found.why_not_mergeable
     reasons = (getattr(loras[name], "why_not_mergeable", None) for name in weights)
-    return why or next((reason for reason in reasons if reason), None)
+    return component.why_not_mergeable or next((reason for reason in reasons if reason), None)
 
 
 def _check_weights(component: Component, weights: Mapping[str, Weight]) -> None:

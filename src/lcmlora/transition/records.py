@@ -23,6 +23,7 @@ from ..lora.originals import Originals
 if TYPE_CHECKING:
     from ..base import Base
     from ..lora.merge import FileLora
+    from ..lora.sources import LoraFile
     from ..prompts import PromptCache
     from .target import PipeSettings, Target
 
@@ -181,12 +182,14 @@ class Applied:
         base: the base, None for a UNet of no known structure.
         lcm: the LCM-LoRA.
         weight: what it counts with.
+        files: the styles' files as they were found, by name.
     """
 
     target: Target
     base: Base | None
     lcm: FileLora
     weight: float
+    files: Mapping[str, LoraFile]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
         return self

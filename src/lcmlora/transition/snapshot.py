@@ -19,6 +19,7 @@ from .. import calls, compat
 from ..errors import PipelineError
 from ..layers import ModuleIndex
 from ..lora.adapters import Adapters
+from ..lora.merge import Lora
 from .records import ModuleRecord, PipeRecord, module_record_of, pipe_record_of, stands_for
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -54,14 +55,22 @@ class Component:
         return self.record.adapters if self.record else self.adapters
 
     @functools.cached_property
+    def late(self) -> dict[str, Lora]:
+        """The adapters that somebody else loaded after lcmlora had changed it."""
+        if self.record is None:
+            return {}
+        ours = {*self.record.content.loras, *self.record.adapters.names}
+        return {name: lora for name, lora in self.adapters.loras.items() if name not in ours}
+
+    @functools.cached_property
     def why_not_mergeable(self) -> str | None:
-        """Why LoRAs can't be merged into its weights; None where they can."""
+        """Why LoRAs can't be merged into its weights, or its own adapters can't; None where all can."""
         for name, layer in self.index.layers.items():
             weight = layer.weight
             plain = type(weight) is nn.Parameter and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
             if not plain:
                 return f"{name} has quantised weights ({type(weight).__name__}, {getattr(weight, 'dtype', None)})"
-        return self.adapters.why_not_mergeable
+        return self.found.why_not_mergeable or (self.adapters.why_not_mergeable if self.late else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import compat, compiling
+from ..errors import LoraFileError
 from ..lora import adapters
 from ..lora.merge import FileLora, check_finite, contributions, merge, parameter_of
 from ..lora.originals import Originals
@@ -91,6 +92,8 @@ def change(record: ModuleRecord, component: Component, content: Content, keep: A
         _put_adapters(component, old, content)
     else:
         record.adapters.restore()
+    if not content.merged:
+        record.originals = Originals(None)
     settle(record, component, content)
 
 
@@ -138,10 +141,14 @@ def _go_back(record: ModuleRecord, component: Component, old: Content, originals
     if record.originals is not originals:
         record.originals.put_all_back()
         record.originals = originals
-    if old.merged:
-        merge(component.index.layers, old.loras, old.weights, originals)
-    else:
+    try:
+        if old.merged:
+            merge(component.index.layers, old.loras, old.weights, originals)
+        else:
+            originals.put_all_back()
+    except LoraFileError:  # the files of what was there are gone: the originals are not
         originals.put_all_back()
+        raise
     component.adapters.restore()
     settle(record, component, old)
 

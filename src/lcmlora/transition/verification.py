@@ -187,7 +187,9 @@ def why_not_fast(pipe: Any, record: PipeRecord) -> str | None:
 
 def _why_lora_is_off(unet: ModuleRecord) -> str | None:
     applied, content = unet.applied, unet.content
-    if applied is None or not applied.weight or content is UNKNOWN:
+    if content is UNKNOWN:
+        return "a change of its LoRAs was stopped in the middle: lcmlora.accelerate(pipe) finishes it"
+    if applied is None or not applied.weight:
         return None
     layers = list(applied.lcm.pairs)
     try:
