@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 
 from . import adapters, calls, compiling, decoders, merge, plan
 from .compiling import Compile
-from .errors import LcmLoraWarning, PipelineError
+from .errors import PipelineError
 from .merge import Keep
 from .plan import Fuse, Request, Style, Styles
 from .prompts import PromptCache
@@ -26,15 +25,18 @@ from .records import (
     Shell,
     Undo,
     UnetRecord,
+    cache_of,
     change,
     forget,
     lock,
     pipe_record_of,
+    policy_of,
     record_of,
     require_originals,
 )
 from .state import is_accelerated
 from .unets import unet_of
+from .warn import warn
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def accelerate(
     steps: int = 4,
     guidance: float | None = 1.0,
     strict: bool = False,
+    enforce_inference_steps: bool = True,
     vae: decoders.Vae = None,
     compile: Compile = False,
     cache_prompts: int = 0,
@@ -82,7 +85,9 @@ def accelerate(
         steps: `num_inference_steps` of calls that pass none, 1 to 50.
         guidance: `guidance_scale` of calls that pass none. What a call passes is kept within 1 to 2, with a warning.
             None leaves guidance alone altogether.
-        strict: raise `CallError` instead of clamping guidance.
+        strict: raise `CallError` instead of clamping guidance or running fewer steps than were asked for.
+        enforce_inference_steps: image-to-image runs the steps asked for, at any strength. False gives
+            `num_inference_steps` diffusers' own meaning: of so many steps a strength runs its part.
         vae: another VAE for as long as the pipe is accelerated: "tiny" (the base's AutoencoderTiny: faster by far,
             a little less detail), "fp16-fix" (SDXL's, which half precision does not overflow), a repository, a
             folder, or a module.
@@ -112,8 +117,9 @@ def accelerate(
         compile=compile,
         hub=tuple(hub.items()),
     )
-    policy = calls.Policy(steps=steps, guidance=guidance, strict=strict)
-    policy.check()
+    policy = calls.Policy(
+        steps=steps, guidance=guidance, strict=strict, enforce_inference_steps=enforce_inference_steps
+    )
     asked = Shell(policy, vae, cache_prompts)
     _check(pipe, request, asked)
     with lock:
@@ -192,7 +198,7 @@ def _own_up(unet: Any, originals: merge.Originals) -> None:
     """Where a failure could not be undone, because nothing was kept, say so, and let nobody go on with the rest."""
     if originals.lost:
         unet.__dict__[SPOILED] = True
-        warnings.warn(f"accelerate(keep=None) was stopped in the middle: {LOST}", LcmLoraWarning, stacklevel=2)
+        warn(f"accelerate(keep=None) was stopped in the middle: {LOST}")
 
 
 def _apply_to_unet(unet: Any, record: UnetRecord) -> None:
@@ -214,14 +220,14 @@ def _apply_to_pipe(
 ) -> None:
     # A sibling made from an accelerated pipe has our scheduler: restore gives it the one that ours stands for.
     before = next((theirs for ours, theirs in record.schedulers if ours is pipe.scheduler), pipe.scheduler)
-    mine = PipeRecord(asked, Undo())
+    mine = PipeRecord(asked, Undo(), PromptCache(asked.cache_prompts) if asked.cache_prompts else None)
     mine.undo.push(forget, pipe)
     mine.undo.push(setattr, pipe, "scheduler", before)
     mine.undo.push(setattr, pipe, "__class__", type(pipe))
     undo.push(setattr, pipe, "scheduler", pipe.scheduler)
     pipe.scheduler = scheduler
     undo.push(setattr, pipe, "__class__", type(pipe))
-    calls.install(pipe, asked.policy, PromptCache(asked.cache_prompts) if asked.cache_prompts else None)
+    calls.install(pipe, policy_of, cache_of)
     if vae is not None:
         mine.undo.push(setattr, pipe, "vae", pipe.vae)
         undo.push(setattr, pipe, "vae", pipe.vae)
@@ -263,11 +269,9 @@ def _tell_what_goes(record: UnetRecord) -> None:
         for name in adapters.Adapters(part.module).names - set(part.loras) - part.adapters.names
     }
     if late:
-        warnings.warn(
+        warn(
             f"restore removes {sorted(late)}, loaded while the pipe was accelerated. set_styles, or loading before "
-            "accelerate, keeps LoRAs.",
-            LcmLoraWarning,
-            stacklevel=calls.caller_depth(),
+            "accelerate, keeps LoRAs."
         )
 
 

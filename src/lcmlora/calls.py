@@ -1,233 +1,233 @@
-"""How an accelerated pipe is called: defaults where the caller gave none, guidance kept where LCM works."""
+"""How an accelerated pipe's calls go through its policy: which methods, nested calls, what a failure may mean."""
 
 from __future__ import annotations
 
-import dataclasses
+import ast
 import functools
 import inspect
-import math
-import warnings
-from typing import Any
+import re
+import textwrap
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
-from .errors import CallError, LcmLoraWarning
+from diffusers import DiffusionPipeline, LCMScheduler
 
-GUIDANCE_RANGE = (1.0, 2.0)
-"""Where an LCM-LoRA works (diffusers docs, latent_consistency_models.md): it has guidance distilled in already."""
-MAX_STEPS = 50
-"""LCMScheduler's `original_inference_steps`: more steps than that it can't place (scheduling_lcm.py, l. 520)."""
-GOOD_STEPS = 8
-"""Above this quality falls again (PCM paper, tables 1 to 7: FID of LCM on SDXL 11.2 at 4 steps, 23.3 at 16)."""
+from .errors import CallError
+from .parameters import Parameters
+from .policy import Policy as Policy
+from .policy import steps_at_strength as steps_at_strength
+
+_CANNOT = {
+    "CycleDiffusionPipeline": "it needs DDIM's eta",
+    "EDICTPipeline": "it has a sampler of its own, coupled DDIM",
+    "SdeDragPipeline": "it has a sampler of its own, for an SDE",
+    "StableDiffusionDiffEditPipeline": "the latents of its invert() lie at DDIM's timesteps, not at LCM's",
+    "StableDiffusionLatentUpscalePipeline": "it reads scheduler.sigmas, which LCMScheduler has not",
+    "StableDiffusionParadigmsPipeline": "it needs a parallel scheduler",
+}
+"""Pipelines with a UNet of the right shape whose own `__call__` rules LCM out; no structure tells."""
+_NO_GENERATION = re.compile(r"_|(get|check|prepare|encode|decode|invert|set|enable|disable|train|retrieve)(_|$)")
+"""Methods that take num_inference_steps and draw nothing, or run an inversion's own schedule."""
+_SYMPTOMS = re.compile(
+    r"NoneType|not enough values to unpack|index out of range|index 1 is out of bounds for dimension 0 with size 1"
+    r"|local variable|non-singleton dimension 0|size 1 but got size 2|size 2 but got size 1"
+)
+"""What Python and torch say where the unconditional half of a batch is looked for and is not there."""
 
 
-@dataclasses.dataclass
-class Policy:
-    """What an accelerated pipe does with the arguments of a call.
+class Hooks(NamedTuple):
+    """What a governed class asks of its instances, at each call.
 
-    Args:
-        steps: `num_inference_steps` where the caller gives none, 1 to 50.
-        guidance: `guidance_scale` where the caller gives none. None leaves every call's guidance alone.
-        strict: raise `CallError` where guidance would be clamped.
+    Attributes:
+        policy_of: an instance's policy; None leaves its calls alone.
+        cache_of: its prompt cache, or None.
+        entered: entered around each call that is not made from another of the same pipe; may refuse by raising.
     """
 
-    steps: int = 4
-    guidance: float | None = 1.0
-    strict: bool = False
-    _warned: set[str] = dataclasses.field(default_factory=set, repr=False, compare=False)
-
-    def check(self) -> None:
-        """Refuse defaults that no call could use.
-
-        Raises:
-            CallError: as for a call.
-        """
-        self._steps({"num_inference_steps": self.steps}, inspect.Signature())
-        if self.guidance is not None and not GUIDANCE_RANGE[0] <= self._number(self.guidance) <= GUIDANCE_RANGE[1]:
-            raise CallError(
-                f"guidance={self.guidance!r}: {GUIDANCE_RANGE[0]:g} to {GUIDANCE_RANGE[1]:g} works with an LCM-LoRA."
-            )
-
-    def apply(
-        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> inspect.BoundArguments:
-        """The call's arguments, completed and checked; `signature` is the pipeline's `__call__`'s, self included.
-
-        Raises:
-            CallError: steps outside 1 to 50, a strength with which no step is left, or guidance outside 1 to 2 when
-                strict.
-            TypeError: as the pipeline itself would raise.
-        """
-        bound = signature.bind(*args, **kwargs)
-        given = bound.arguments
-        if given.get("timesteps") is None and given.get("sigmas") is None:
-            given["num_inference_steps"] = self._steps(given, signature)
-            self._sides(given, bound.args[0])
-        if "guidance_scale" in signature.parameters and self.guidance is not None:
-            given["guidance_scale"] = self._guidance(given)
-        self._without_effect(given, bound.args[0])
-        return bound
-
-    def _steps(self, given: dict[str, Any], signature: inspect.Signature) -> int:
-        steps = given.get("num_inference_steps", self.steps)
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-            raise CallError(
-                f"num_inference_steps={steps!r}: an accelerated pipe takes whole numbers from 1 to {MAX_STEPS}; "
-                "4 is usual."
-            )
-        if steps > GOOD_STEPS:
-            self._once(
-                "steps",
-                f"num_inference_steps={steps}: an LCM-LoRA is best at 4 to {GOOD_STEPS} steps and gets worse above.",
-            )
-        strength = given.get("strength", _default(signature, "strength"))
-        if strength is None or given.get("denoising_start") is not None:  # the latter stands in strength's place
-            return steps
-        asked = steps_at_strength(steps, strength)
-        return steps if given.get("enforce_inference_steps") else asked  # AnimateDiff's own way to the same end
-
-    @staticmethod
-    def _sides(given: dict[str, Any], pipe: Any) -> None:
-        """Refuse a split between two pipelines that leaves this one no step (SDXL, get_timesteps; pipeline_..._xl, l.
-        1195).
-        """
-        start, end = given.get("denoising_start"), given.get("denoising_end")
-        if start is None and end is None:
-            return
-        steps = given["num_inference_steps"]
-        timesteps = lcm_timesteps(pipe.scheduler, steps)
-        total = pipe.scheduler.config.num_train_timesteps
-        left = [
-            t
-            for t in timesteps
-            if (start is None or t < round(total - start * total)) and (end is None or t >= round(total - end * total))
-        ]
-        if not left:
-            raise CallError(
-                f"denoising_start={start!r}, denoising_end={end!r}: none of the {steps} LCM timesteps {timesteps} "
-                "lies there. Pass more num_inference_steps, or split elsewhere."
-            )
-
-    def _guidance(self, given: dict[str, Any]) -> float:
-        low, high = GUIDANCE_RANGE
-        guidance = self._number(given.get("guidance_scale", self.guidance))
-        if guidance <= high:  # 1 and below is "off": the same picture as at 1, and no cost
-            return max(guidance, low)
-        message = (
-            f"guidance_scale={guidance:g} burns pictures made with an LCM-LoRA, which has guidance distilled in; "
-            f"{low:g} to {high:g} works"
-        )
-        if self.strict:
-            raise CallError(message + ".")
-        self._once("guidance", f"{message}: {high:g} is used. accelerate(guidance=None) turns this off.")
-        return high
-
-    @staticmethod
-    def _number(guidance: Any) -> float:
-        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or math.isnan(guidance):
-            raise CallError(
-                "guidance_scale={!r}: a number from {:g} to {:g} is expected.".format(guidance, *GUIDANCE_RANGE)
-            )
-        return guidance
-
-    def _without_effect(self, given: dict[str, Any], pipe: Any) -> None:
-        """Warn of arguments that do nothing here, or something else than the caller may think."""
-        if given.get("guidance_scale", 2.0) <= 1:
-            if given.get("negative_prompt") or given.get("negative_prompt_embeds") is not None:
-                self._once(
-                    "negative",
-                    "negative_prompt has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it. "
-                    "Each step then takes two UNet passes instead of one.",
-                )
-            for name in ("image_guidance_scale", "editing_prompt", "source_embeds"):
-                if given.get(name) is not None:
-                    self._once(
-                        name, f"{name} has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it."
-                    )
-        if (given.get("cross_attention_kwargs") or {}).get("scale") is not None:
-            merged = not any(hasattr(module, "lora_A") for module in pipe.unet.modules())
-            self._once(
-                "scale",
-                'cross_attention_kwargs["scale"] '
-                + ("has no effect on merged LoRAs" if merged else "scales the LCM-LoRA together with the styles")
-                + ": lcmlora.set_styles(pipe, {name: weight}) changes the styles alone.",
-            )
-
-    def _once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, LcmLoraWarning, stacklevel=caller_depth())
+    policy_of: Callable[[Any], Policy | None]
+    cache_of: Callable[[Any], Any]
+    entered: Callable[[Any], AbstractContextManager[Any]]
 
 
-def steps_at_strength(steps: int, strength: float) -> int:
-    """The `num_inference_steps` with which an image-to-image pipeline runs `steps` steps at this strength.
-
-    Those pipelines run int(num_inference_steps * strength) of the steps they are asked for
-    (pipeline_stable_diffusion_img2img.py, get_timesteps).
-
-    Raises:
-        CallError: the strength is not in (0, 1], or so small that fewer than `steps` of the 50 LCM steps lie below it.
-    """
-    if not 0 < strength <= 1:
-        raise CallError(f"strength={strength!r}: a number above 0 and up to 1 is expected.")
-    if strength >= 0.999:  # SDXL inpainting's default of 0.9999 stands for 1
-        return min(steps + (int(steps * strength) < steps), MAX_STEPS)
-    asked = math.ceil(steps / strength)
-    asked += int(asked * strength) < steps  # 3 / 0.6 and its like, a hair below the whole number in floating point
-    if asked > MAX_STEPS:
-        most = int(MAX_STEPS * strength)
-        raise CallError(
-            f"strength={strength:g} leaves room for {most} of {MAX_STEPS} LCM steps, and {steps} were asked for: "
-            f"pass num_inference_steps={most} or less, or a strength of {steps / MAX_STEPS:g} or more."
-            if most
-            else f"strength={strength:g} changes nothing: the least that makes a step is {1 / MAX_STEPS:g}."
-        )
-    return asked
+def _nothing(pipe: Any) -> None:
+    return None
 
 
-def lcm_timesteps(scheduler: Any, steps: int) -> list[int]:
-    """The timesteps of an LCM schedule, descending; the scheduler is left as it is."""
-    own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(steps)
-    return [int(t) for t in own.timesteps]
-
-
-def _default(signature: inspect.Signature, name: str) -> Any:
-    parameter = signature.parameters.get(name)
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
-
-
-def caller_depth() -> int:
-    """How far up the stack the first caller outside this module (and torch's no_grad wrapper) is, for `warnings`."""
-    frame, depth = inspect.currentframe(), 0
-    while frame is not None and (
-        frame.f_globals.get("__name__") == __name__ or "torch" in frame.f_globals.get("__name__", "")
-    ):
-        frame, depth = frame.f_back, depth + 1
-    return depth
-
-
-def install(pipe: Any, policy: Policy, cache: Any = None) -> None:
-    """Let this one pipe's calls go through the policy, and its prompts through a `PromptCache`, where there is one.
-    Giving it back its class undoes it.
+def install(
+    pipe: Any,
+    policy_of: Callable[[Any], Policy | None],
+    cache_of: Callable[[Any], Any] = _nothing,
+    entered: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Let this one pipe's calls go through its policy, and its prompts through its cache. Giving it back its class
+    undoes it.
 
     `__call__` is looked up on the type, so the pipe gets a subclass of its own that bears the class's name:
     `isinstance`, `help`, `inspect.signature`, `save_pretrained` and `from_pipe` see no difference, and no other pipe
     is touched.
+
+    Args:
+        pipe: the pipe.
+        policy_of, cache_of, entered: see `Hooks`. Functions of a module, so that a copy of the pipe can be made.
     """
-    cls = type(pipe)
-    signature = inspect.signature(cls.__call__)
+    pipe.__class__ = _governed(type(pipe), Hooks(policy_of, cache_of, entered))
 
-    @functools.wraps(cls.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = policy.apply(signature, (self, *args), kwargs)
-        return cls.__call__(*bound.args, **bound.kwargs)
 
-    names = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
-    methods = {"__call__": __call__}
-    if cache is not None and hasattr(cls, "encode_prompt"):
+def methods_of(cls: type) -> list[str]:
+    """The names of a pipeline class's methods that draw in a number of steps: its call, and public ones like it."""
+    return [name for name in dir(cls) if _draws(cls, name) and Parameters.of(cls, name).steps]
 
-        @functools.wraps(cls.encode_prompt)
-        def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return cache.encode(cls.encode_prompt, self, args, kwargs)
 
-        methods["encode_prompt"] = encode_prompt
-    pipe.__class__ = type(cls.__name__, (cls,), {**names, **methods})
+def _draws(cls: type, name: str) -> bool:
+    function = inspect.getattr_static(cls, name, None)
+    if name == "__call__":
+        return inspect.isfunction(function)
+    if _NO_GENERATION.match(name) or not inspect.isfunction(function) or hasattr(DiffusionPipeline, name):
+        return False
+    return "num_inference_steps" in inspect.signature(function).parameters
+
+
+def why_not(cls: type) -> str | None:
+    """Why LCMScheduler can't drive a pipeline class; None where nothing says so."""
+    for ancestor in cls.__mro__:
+        if reason := _CANNOT.get(ancestor.__name__):
+            return f"{cls.__name__} can't be driven by LCMScheduler: {reason}."
+    names = methods_of(cls)
+    if not names:
+        return (
+            f"{cls.__name__} takes no num_inference_steps, neither in its call nor in another public method: there is "
+            "no telling it to run LCM's few steps."
+        )
+    for name in names:
+        if want := next(_beyond_lcm(getattr(cls, name)), None):
+            return f"{cls.__name__} can't be driven by LCMScheduler: its {name} {want}."
+    return None
+
+
+def _beyond_lcm(function: Any) -> Iterator[str]:
+    """What a method asks of `self.scheduler`, without an `if` before it, that LCMScheduler has not."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+        nodes = list(_unconditional(ast.parse(source)))
+    except (OSError, TypeError, SyntaxError):  # made by exec, say
+        return
+    scheduler, step = LCMScheduler(), inspect.signature(LCMScheduler.step).parameters
+    known = {*dir(scheduler), *scheduler.config}
+    for node in nodes:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.scheduler.step":
+            for keyword in node.keywords:
+                if keyword.arg and keyword.arg not in step:
+                    yield f"passes {keyword.arg} to scheduler.step, which LCMScheduler does not take"
+            if len(node.args) > 3:
+                yield "passes more to scheduler.step than LCMScheduler takes"
+        elif isinstance(node, ast.Attribute) and node.attr not in known and ast.unparse(node.value) == _SCHEDULER:
+            yield f"reads scheduler.{node.attr}, which LCMScheduler has not"
+
+
+_SCHEDULER = "self.scheduler"
+
+
+def _unconditional(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.If | ast.IfExp | ast.Try | ast.FunctionDef) or isinstance(node, ast.Module):
+            yield from _unconditional(child)
+
+
+def _governed(cls: type, hooks: Hooks) -> type:
+    """A subclass of the class that bears its name and sends its calls through `hooks`."""
+    members: dict[str, Any] = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+    members.update({name: _driven(cls, name, hooks) for name in methods_of(cls)})
+    if hasattr(cls, "encode_prompt"):
+        members["encode_prompt"] = _cached(cls.encode_prompt, hooks)
+    # A copy, or a pickle, is made of the plain class and the state: this class can't be found by its name.
+    members["__reduce_ex__"] = lambda self, protocol: (_rebuild, (cls, hooks), self.__dict__)
+    return type(cls.__name__, (cls,), members)
+
+
+def _rebuild(cls: type, hooks: Hooks) -> Any:
+    pipe: Any = object.__new__(cls)
+    pipe.__class__ = _governed(cls, hooks)
+    return pipe
+
+
+def _cached(encode_prompt: Any, hooks: Hooks) -> Any:
+    @functools.wraps(encode_prompt)
+    def cached(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = hooks.cache_of(self)
+        if cache is None:
+            return encode_prompt(self, *args, **kwargs)
+        return cache.encode(encode_prompt, self, args, kwargs)
+
+    return cached
+
+
+def _driven(cls: type, name: str, hooks: Hooks) -> Any:
+    """A method of the class that goes through the policy."""
+    function, takes = getattr(cls, name), Parameters.of(cls, name)
+
+    @functools.wraps(function)
+    def driven(self: Any, *args: Any, **kwargs: Any) -> Any:
+        policy = hooks.policy_of(self)
+        if policy is None:
+            return function(self, *args, **kwargs)
+        return _call(hooks, policy, takes, function, self, args, kwargs)
+
+    # Programs ask pipe.__call__.__wrapped__ for its arguments: what is there on the plain class stays there.
+    driven.__wrapped__ = getattr(function, "__wrapped__", function)
+    driven.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return driven
+
+
+class _Running(threading.local):
+    """The calls under way in this thread: the pipe, and whether its steps were raised for a strength."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, bool]] = []
+
+
+_running = _Running()
+
+
+def _call(
+    hooks: Hooks, policy: Policy, takes: Parameters, function: Any, pipe: Any, args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    calls, depth = _running.calls, len(_running.calls)
+    outer = [stretched for other, stretched in calls if other is pipe]
+    with nullcontext() if outer else hooks.entered(pipe):
+        call = policy.complete(takes, pipe, args, kwargs, outer)
+        try:
+            calls.append((pipe, call.stretched))
+            result = function(pipe, *call.args, **call.kwargs)
+        except Exception as error:
+            if not outer and (message := _diagnosis(error, policy, pipe, call)):
+                raise CallError(message) from error
+            raise
+        finally:  # an interruption between the two lines above loses nothing
+            del calls[depth:]
+        policy.ran_unguided |= call.unguided
+        return result
+
+
+def _diagnosis(error: Exception, policy: Policy, pipe: Any, call: Any) -> str | None:
+    """What a failure inside the pipeline may come from; None where it tells enough by itself."""
+    name, text = type(pipe).__name__, f"{type(error).__name__}: {error}"
+    if isinstance(error, TypeError | AttributeError) and "LCMScheduler" in str(error):
+        return f"{text}: {name} asks of its scheduler what LCMScheduler has not; lcmlora can't drive it."
+    if not call.unguided or policy.ran_unguided or not _SYMPTOMS.search(str(error)):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    given = {getattr(value, "__code__", None) for value in (*call.args, *call.kwargs.values())}
+    if any(frame.f_code.co_name.startswith("check_") or frame.f_code in given for frame in frames):
+        return None  # the arguments were refused, or the caller's own callback failed
+    modules = [frame.f_globals.get("__name__", "") for frame in frames]
+    inner = [module for module in modules if module.partition(".")[0] != "torch"][-1]
+    if inner.partition(".")[0] != "diffusers" and inner not in {cls.__module__ for cls in type(pipe).__mro__}:
+        return None
+    return (
+        f"{text}. {name} may need classifier-free guidance, and this call runs without (guidance_scale 1): pass "
+        "guidance_scale=1.5, or accelerate(guidance=1.5)."
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +15,13 @@ from torch import nn
 
 from . import registry
 from .adapters import Adapters, tuner_layers
-from .calls import caller_depth
+from .calls import why_not
 from .compiling import Compile
-from .errors import BaseModelError, LcmLoraWarning, LoraFileError, LoraMismatchError, PipelineError
+from .errors import BaseModelError, LoraFileError, LoraMismatchError, PipelineError
 from .lorafile import LoraInfo, cover, find_file, read
 from .merge import FileLora, Keep, Lora, check_room
 from .unets import layers, lcm_layers, unet_of
+from .warn import warn
 
 LCM = "lcmlora_lcm"
 """The name of our own adapter. Styles have the names they are given."""
@@ -150,18 +150,9 @@ def make(pipe: Any, request: Request) -> Plan:
     )
 
 
-_CANNOT = {
-    "CycleDiffusionPipeline": "it needs DDIM's eta",
-    "StableDiffusionDiffEditPipeline": "the latents of its invert() lie at DDIM's timesteps, not at LCM's",
-    "StableDiffusionLatentUpscalePipeline": "it reads scheduler.sigmas, which LCMScheduler has not",
-    "StableDiffusionParadigmsPipeline": "it needs a parallel scheduler",
-}
-"""Pipelines with a UNet of the right shape whose own `__call__` rules LCM out; no structure tells."""
-
-
 def _usable_unet(pipe: Any) -> nn.Module:
     unet = unet_of(pipe)
-    if isinstance(pipe, nn.Module) or not callable(pipe):
+    if isinstance(pipe, nn.Module) or not hasattr(pipe, "scheduler"):
         raise PipelineError(f"accelerate takes a diffusers pipeline, not {type(pipe).__name__}.")
     name = type(pipe).__name__
     if not isinstance(unet, UNet2DConditionModel | UNetMotionModel):
@@ -169,15 +160,8 @@ def _usable_unet(pipe: Any) -> nn.Module:
             f"{name} has no UNet2DConditionModel or UNetMotionModel as `unet`; LCM-LoRAs exist for the UNets of "
             "Stable Diffusion and SDXL."
         )
-    for ancestor in type(pipe).__mro__:
-        if reason := _CANNOT.get(ancestor.__name__):
-            raise PipelineError(f"{name} can't be driven by LCMScheduler: {reason}.")
-    if "num_inference_steps" not in inspect.signature(type(pipe).__call__).parameters or not hasattr(
-        pipe, "scheduler"
-    ):
-        raise PipelineError(
-            f"{name} takes no num_inference_steps (its steps are those of an inversion); LCM can't drive it."
-        )
+    if reason := why_not(type(pipe)):
+        raise PipelineError(reason)
     if unet.config.get("time_cond_proj_dim") is not None:
         raise PipelineError(
             "this UNet is a full latent consistency model already (time_cond_proj_dim is set): it needs no LCM-LoRA, "
@@ -212,7 +196,7 @@ def _usable_schedule(pipe: Any) -> None:
             "Stable Diffusion 1.x and SDXL."
         )
     if config.get("prediction_type", "epsilon") != "epsilon":
-        _warn(
+        warn(
             f"this pipe predicts {config['prediction_type']!r}; the official LCM-LoRAs were distilled for epsilon, "
             "so pictures may be poor. One distilled from this pipe (lcmlora.distill) is the way out."
         )
@@ -234,14 +218,10 @@ def _hint(pipe: Any, adapters: Mapping[str, float]) -> None:
     if scheduler.startswith(("LCM", "TCD")):
         signs.append(scheduler)
     if signs:
-        _warn(
+        warn(
             f"this pipe may be a few-step model already ({', '.join(signs)}): an LCM-LoRA on top of Turbo, Lightning, "
             "Hyper or another LCM spoils pictures."
         )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LcmLoraWarning, stacklevel=caller_depth())
 
 
 def _base(unet: nn.Module, request: Request) -> registry.Base | None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from . import adapters, calls, decoders, merge
 from .errors import PipelineError
 from .plan import Part, Request
+from .prompts import PromptCache
 from .registry import Base
 from .unets import layers, unet_of
 
@@ -105,6 +106,7 @@ class PipeRecord:
 
     asked: Shell
     undo: Undo
+    cache: PromptCache | None = None
 
     @property
     def policy(self) -> calls.Policy:
@@ -121,6 +123,18 @@ def pipe_record_of(pipe: Any) -> PipeRecord | None:
     """What was done to this very pipe; None for nothing."""
     record = getattr(pipe, "__dict__", {}).get(RECORD)
     return record if isinstance(record, PipeRecord) else None
+
+
+def policy_of(pipe: Any) -> calls.Policy | None:
+    """How the calls of this very pipe are completed; None where it is not accelerated."""
+    record = pipe_record_of(pipe)
+    return record.policy if record else None
+
+
+def cache_of(pipe: Any) -> PromptCache | None:
+    """The prompt cache of this very pipe; None where it has none."""
+    record = pipe_record_of(pipe)
+    return record.cache if record else None
 
 
 def forget(thing: Any) -> None:

@@ -1,0 +1,166 @@
+"""What a pipeline's method takes, found once: which of its parameters are steps, guidance, strength and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+_STEPS = ("num_inference_steps", "steps", "num_steps", "inference_steps", "sampling_steps", "ddim_steps")
+_STRENGTH = ("strength", "noise_strength", "denoising_strength", "denoise_strength")
+_GUIDANCE = ("guidance_scale", "true_guidance_scale", "true_cfg_scale", "cfg_scale", "text_guidance_scale")
+_MORE_GUIDANCE = re.compile(r"((true|text|prompt|max|min)_)?(guidance|cfg)(_scales?)?(_(tiles?|regions?|text|\d+))?")
+"""Classifier-free guidance by other names. `image_guidance_scale`, `pag_scale`, `clip_guidance_scale` and their like
+are other things: docs/pitfalls.md says which."""
+_PICTURE = re.compile(
+    r"((init|initial|input|source|src|original|content|base|start)_)?(image|img|picture|video|frame)s?(_latents?)?"
+    r"|(init|initial|input|source|original)_latents?"
+)
+"""Names of what image-to-image starts from."""
+_OTHER_PICTURE = re.compile(r"mask|control|adapter|example|style|ref|embed|pose|depth|latent|generator")
+_STRENGTH_OF_ANOTHER_KIND = {"AnimateDiffImgToVideoPipeline"}
+"""Pipelines whose strength blends latents and leaves the number of steps alone; no structure tells."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """The parameters of one method of a pipeline, `self` left out.
+
+    Attributes:
+        owner: the pipeline's class name.
+        places: where those stand that may be given by position.
+        defaults: every one's default, `inspect.Parameter.empty` where it must be given.
+        open: whether arguments of any other name are taken.
+        read: strings in the code of the class. Names that it looks up in its `**kwargs` are among them.
+        steps, guidance, strength: their names here, None where there is none.
+        more_guidance: further arguments that are classifier-free guidance.
+        pictures: what a strength counts for, where one of them is given.
+    """
+
+    owner: str
+    places: Mapping[str, int]
+    defaults: Mapping[str, Any]
+    open: bool
+    read: frozenset[str]
+    steps: str | None
+    guidance: str | None
+    strength: str | None
+    more_guidance: tuple[str, ...]
+    pictures: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pipeline: type, name: str) -> Parameters:
+        """Those of a class's method. One that hands `**kwargs` on to the class above takes that one's, too."""
+        chain = [list(inspect.signature(function).parameters.values())[1:] for function in _chain(pipeline, name)]
+        kinds = [{parameter.kind for parameter in parameters} for parameters in chain]
+        found = {p.name: p for parameters in chain for p in parameters if p.kind not in _VARIADIC}
+        first = found.values() if inspect.Parameter.VAR_POSITIONAL in kinds[0] else chain[0]
+        by_place = [p.name for p in first if p.kind is p.POSITIONAL_OR_KEYWORD]
+        guidance = _first(_GUIDANCE, found)
+        more = [key for key in found if key != guidance and (key in _GUIDANCE or _MORE_GUIDANCE.fullmatch(key))]
+        other_strength = pipeline.__name__ in _STRENGTH_OF_ANOTHER_KIND
+        return cls(
+            owner=pipeline.__name__,
+            places={key: place for place, key in enumerate(by_place)},
+            defaults={key: parameter.default for key, parameter in found.items()},
+            open=inspect.Parameter.VAR_KEYWORD in kinds[-1],
+            read=_strings(pipeline),
+            steps=_first(_STEPS, found),
+            guidance=guidance,
+            strength=None if other_strength else _first(_STRENGTH, found),
+            more_guidance=tuple(more),
+            pictures=tuple(key for key in found if _PICTURE.fullmatch(key)),
+        )
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """What a call gives, by name; None where the arguments do not fit."""
+        given = dict(zip(self.places, args, strict=False))
+        misfit = len(args) > len(self.places) or not given.keys().isdisjoint(kwargs)
+        if misfit or not (self.open or kwargs.keys() <= self.defaults.keys()):
+            return None
+        return given | kwargs
+
+    def replaced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], changes: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call's arguments with changes. What was positional stays so: a decorator may look for names."""
+        positional, named = list(args), dict(kwargs)
+        for name, value in changes.items():
+            place = self.places.get(name, len(args))
+            if place < len(args):
+                positional[place] = value
+            else:
+                named[name] = value
+        return tuple(positional), named
+
+    def strength_of(self, given: Mapping[str, Any]) -> float | None:
+        """The strength that decides how many of the steps run; None where none does."""
+        if not self.strength or given.get("denoising_start") is not None:  # the latter stands in strength's place
+            return None
+        try:
+            strength = float(given.get(self.strength, self.defaults[self.strength]))
+        except (TypeError, ValueError):  # None, or lists of a pipeline's own
+            return None
+        return strength if self._starts_from_picture(given) else None
+
+    def _starts_from_picture(self, given: Mapping[str, Any]) -> bool:
+        if any(given.get(name) is not None for name in self.pictures):
+            return True
+        if any("image" in name for name in self.pictures):
+            return False
+        if given.get("latents") is not None:  # AnimateDiff's video to video takes them in the video's place
+            return True
+        return not self.pictures and any(
+            _is_picture(value) for name, value in given.items() if not _OTHER_PICTURE.search(name)
+        )
+
+    def unknown(self, given: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+        """Arguments that nothing in the class names, each with the name that may be meant, or ""."""
+        if self.open:
+            for name in given.keys() - self.defaults.keys() - self.read:
+                near = [key for key in self.defaults if name in key]
+                yield name, (near or difflib.get_close_matches(name, self.defaults, 1, 0.5) or [""])[0]
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _chain(pipeline: type, name: str) -> list[Any]:
+    """A class's method, and those of the classes above that it hands its `**kwargs` to through `super()`."""
+    chain: list[Any] = []
+    for function in (vars(cls)[name] for cls in pipeline.__mro__ if name in vars(cls)):
+        chain.append(function)
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+        if not open_ended or name not in code_of(function).co_names:
+            break
+    return chain
+
+
+def code_of(function: Any) -> Any:
+    """The code of a function, decorators seen through."""
+    return inspect.unwrap(function).__code__
+
+
+def _strings(pipeline: type) -> frozenset[str]:
+    """Every parameter's name and every string constant in the code of a class and of those above it."""
+    functions = [value for cls in pipeline.__mro__ for value in vars(cls).values() if inspect.isfunction(value)]
+    codes = [code_of(function) for function in functions]
+    taken = {name for code in codes for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
+    return frozenset(taken | {text for code in codes for text in code.co_consts if isinstance(text, str)})
+
+
+def _first(names: Iterable[str], found: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if name in found), None)
+
+
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim > 2)

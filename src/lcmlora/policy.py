@@ -1,0 +1,311 @@
+"""What becomes of a call's arguments: defaults where the caller gave none, guidance kept where LCM works."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .errors import CallError
+from .parameters import Parameters
+from .warn import warn
+
+GUIDANCE_RANGE = (1.0, 2.0)
+"""Where an LCM-LoRA works (diffusers docs, latent_consistency_models.md): it has guidance distilled in already."""
+MAX_STEPS = 50
+"""LCMScheduler's `original_inference_steps`: more steps than that it can't place (scheduling_lcm.py, l. 520)."""
+GOOD_STEPS = 8
+"""Above this quality falls again (PCM paper, tables 1 to 7: FID of LCM on SDXL 11.2 at 4 steps, 23.3 at 16)."""
+_NEED_GUIDANCE = {"guidance_rescale", "image_guidance_scale", "editing_prompt", "source_embeds"}
+"""Arguments beside `negative_...` and `guidance_scale_...` that do nothing in a call without guidance."""
+
+
+class Call(NamedTuple):
+    """A call's arguments, completed, and two facts about them.
+
+    Attributes:
+        args, kwargs: what the pipeline is called with.
+        stretched: whether the steps were raised for a strength. A call inside this one must not raise them again.
+        unguided: whether classifier-free guidance is off.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    stretched: bool = False
+    unguided: bool = False
+
+
+@dataclasses.dataclass
+class Policy:
+    """What an accelerated pipe does with the arguments of a call. Two equal policies do the same.
+
+    Args:
+        steps: `num_inference_steps` where the caller gives none, 1 to 50.
+        guidance: `guidance_scale` where the caller gives none, up to 2; 1 and below is off. None leaves every call's
+            guidance alone.
+        strict: raise `CallError` where guidance would be clamped, or fewer steps run than were asked for.
+        enforce_inference_steps: image-to-image runs the steps asked for. False is diffusers' own meaning:
+            `num_inference_steps` of the whole schedule, of which a strength runs its part.
+
+    Raises:
+        CallError: no call could use these defaults.
+    """
+
+    steps: int = 4
+    guidance: float | None = 1.0
+    strict: bool = False
+    enforce_inference_steps: bool = True
+    ran_unguided: bool = dataclasses.field(default=False, init=False, repr=False, compare=False)
+    _told: set[str] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.steps = _whole("num_inference_steps", self.steps)
+        if self.guidance is None:
+            return
+        self.guidance = _number("guidance_scale", self.guidance)
+        if not 0 <= self.guidance <= GUIDANCE_RANGE[1]:
+            raise CallError(
+                f"guidance={self.guidance:g}: {GUIDANCE_RANGE[0]:g} to {GUIDANCE_RANGE[1]:g} works with an LCM-LoRA; "
+                "0 is off, as is 1."
+            )
+
+    def complete(
+        self, takes: Parameters, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outer: list[bool]
+    ) -> Call:
+        """The call's arguments, completed and checked.
+
+        Args:
+            takes: the parameters of the method that is called.
+            pipe: whose method it is.
+            args, kwargs: what the caller gave.
+            outer: for each call of this pipe that this one is made from, whether it raised the steps for a strength.
+
+        Raises:
+            CallError: steps outside 1 to 50, a strength or denoising split with which no step is left, or, when
+                strict, guidance above 2 or fewer steps than were asked for.
+        """
+        given = takes.given(args, kwargs)
+        if given is None:
+            return Call(args, kwargs)  # the pipeline's own TypeError says what is wrong
+        changes: dict[str, Any] = {}
+        stretched = any(outer)
+        if takes.steps and given.get("timesteps") is None and given.get("sigmas") is None:
+            value = given.get(takes.steps)
+            wanted = self.steps if value is None else _whole(takes.steps, value)
+            changes[takes.steps] = self._steps(wanted, takes.strength_of(given), given, stretched)
+            stretched |= changes[takes.steps] != wanted
+            _check_denoising_split(given, changes[takes.steps], pipe)
+        if self.guidance is not None:
+            changes.update(self._guidance(takes, given))
+        unguided = takes.guidance is not None and _is_off(changes.get(takes.guidance, given.get(takes.guidance)))
+        if not outer:
+            self._tell_what_is_lost(takes, given, unguided, pipe)
+        return Call(*takes.replaced(args, kwargs, changes), stretched, unguided)
+
+    def _steps(self, wanted: int, strength: float | None, given: dict[str, Any], stretched: bool) -> int:
+        """The number that makes the pipeline run `wanted` steps, or as many as fit. `stretched`: it does already."""
+        if given.get("enforce_inference_steps") or stretched:  # the former is AnimateDiff's own way to the same end
+            strength = None
+        asked = runs = wanted
+        if strength is not None:
+            asked = steps_at_strength(wanted, strength) if self.enforce_inference_steps else wanted
+            runs = asked if strength >= _WHOLE else int(asked * strength)
+            if runs < 1:
+                least = steps_at_strength(1, strength)
+                raise CallError(f"strength={strength:g} leaves none of {wanted} steps: pass {least} or more.")
+            if self.enforce_inference_steps and runs < wanted:
+                self._object(
+                    "room",
+                    f"strength={strength:g} leaves room for {runs} of {MAX_STEPS} LCM steps, and {wanted} were asked "
+                    f"for: pass {runs} or less, or a strength of {wanted / MAX_STEPS:g} or more",
+                    f"{runs} are run. accelerate(enforce_inference_steps=False) gives num_inference_steps diffusers' "
+                    "own meaning.",
+                )
+        if runs > GOOD_STEPS and not stretched:
+            self._once(
+                "steps",
+                f"num_inference_steps={wanted}: an LCM-LoRA is best at 4 to {GOOD_STEPS} steps and gets worse above.",
+            )
+        return asked
+
+    def _guidance(self, takes: Parameters, given: dict[str, Any]) -> dict[str, Any]:
+        """Guidance where none was given, clamped where it was; the same for second arguments of the same meaning."""
+        changes = {}
+        if takes.guidance:
+            value = given.get(takes.guidance)
+            changes[takes.guidance] = self._clamped(takes.guidance, self.guidance if value is None else value)
+        for name in takes.more_guidance:
+            value = given.get(name, takes.defaults[name])
+            if name in given:
+                changes[name] = self._clamped(name, value)
+            elif isinstance(value, int | float) and value > GUIDANCE_RANGE[1]:  # a default made for 50 steps
+                changes[name] = max(self.guidance or 0, GUIDANCE_RANGE[0])
+        return changes
+
+    def _clamped(self, name: str, value: Any) -> Any:
+        """A guidance, or lists of them (one for each tile, region or prompt), kept within the range."""
+        low, high = GUIDANCE_RANGE
+        if isinstance(value, list | tuple):
+            return type(value)([None if one is None else self._clamped(name, one) for one in value])
+        if isinstance(value, np.ndarray | torch.Tensor) and value.ndim:
+            self._object_to_guidance(name, float(value.max()))
+            return value.clip(low, high)
+        number = _number(name, value)
+        self._object_to_guidance(name, number)
+        return min(max(number, low), high)  # 1 and below is "off": the same picture as at 1, and no cost
+
+    def _object_to_guidance(self, name: str, guidance: float) -> None:
+        low, high = GUIDANCE_RANGE
+        if guidance > high:
+            self._object(
+                name,
+                f"{name}={guidance:g} burns pictures made with an LCM-LoRA, which has guidance distilled in; "
+                f"{low:g} to {high:g} works",
+                f"{high:g} is used. accelerate(guidance=None) turns this off.",
+            )
+
+    def _object(self, kind: str, fault: str, instead: str) -> None:
+        """Refuse when strict; otherwise say, once, what is done instead."""
+        if self.strict:
+            raise CallError(fault + ".")
+        self._once(kind, f"{fault}: {instead}")
+
+    def _tell_what_is_lost(self, takes: Parameters, given: dict[str, Any], unguided: bool, pipe: Any) -> None:
+        """Warn of arguments that do nothing here, or something else than the caller may think."""
+        for name, near in takes.unknown(given):
+            hint = f" Is {near} meant?" if near else ""
+            self._once(name, f"{name}: {takes.owner} names no such argument, so it may have no effect.{hint}")
+        for name, value in given.items():
+            if name == "eta":
+                message = "eta has no effect: it is DDIM's, and LCMScheduler takes none."
+            elif unguided and (name.startswith(("negative_", "guidance_scale_")) or name in _NEED_GUIDANCE):
+                message = (
+                    f"{name} has no effect at guidance_scale 1: pass guidance_scale=1.5 (up to 2) with it. Each step "
+                    "then takes two UNet passes instead of one."
+                )
+            else:
+                continue
+            if _says_something(value, takes.defaults.get(name)):
+                self._once(name, message)
+        if (given.get("cross_attention_kwargs") or {}).get("scale") is not None:
+            merged = not any(hasattr(module, "lora_A") for module in pipe.unet.modules())
+            self._once(
+                "scale",
+                'cross_attention_kwargs["scale"] '
+                + ("has no effect on merged LoRAs" if merged else "scales the LCM-LoRA together with the styles")
+                + ": lcmlora.set_styles(pipe, {name: weight}) changes the styles alone.",
+            )
+
+    def _once(self, kind: str, message: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            warn(message)
+
+
+_WHOLE = 0.999  # SDXL inpainting's default of 0.9999 stands for 1
+
+
+def steps_at_strength(steps: int, strength: float) -> int:
+    """The `num_inference_steps` with which an image-to-image pipeline runs `steps` steps at this strength, 50 at most.
+
+    Those pipelines run int(num_inference_steps * strength) of the steps they are asked for
+    (pipeline_stable_diffusion_img2img.py, get_timesteps).
+
+    Raises:
+        CallError: the strength is not in (0, 1], or so small that none of the 50 LCM steps lies below it.
+    """
+    if not 0 < strength <= 1:
+        raise CallError(f"strength={strength!r}: a number above 0 and up to 1 is expected.")
+    if int(MAX_STEPS * strength) < 1:
+        raise CallError(f"strength={strength:g} changes nothing: the least that makes a step is {1 / MAX_STEPS:g}.")
+    asked = steps if strength >= _WHOLE else math.ceil(steps / strength)
+    asked += int(asked * strength) < steps  # 3 / 0.6 and its like, a hair below the whole number in floating point
+    return min(asked, MAX_STEPS)
+
+
+def lcm_timesteps(scheduler: Any, steps: int) -> list[int]:
+    """The timesteps of an LCM schedule, descending; the scheduler is left as it is."""
+    own = type(scheduler).from_config(scheduler.config)
+    own.set_timesteps(steps)
+    return [int(t) for t in own.timesteps]
+
+
+def _check_denoising_split(given: Mapping[str, Any], steps: int, pipe: Any) -> None:
+    """Refuse a split between two pipelines that leaves this one no step (SDXL, get_timesteps; pipeline_..._xl, l.
+    1195).
+    """
+    start, end = given.get("denoising_start"), given.get("denoising_end")
+    if start is None and end is None:
+        return
+    timesteps = lcm_timesteps(pipe.scheduler, steps)
+    total = pipe.scheduler.config.num_train_timesteps
+    left = [
+        t
+        for t in timesteps
+        if (start is None or t < round(total - start * total)) and (end is None or t >= round(total - end * total))
+    ]
+    if not left:
+        raise CallError(
+            f"denoising_start={start!r}, denoising_end={end!r}: none of the {steps} LCM timesteps {timesteps} "
+            "lies there. Pass more num_inference_steps, or split elsewhere."
+        )
+
+
+def _whole(name: str, value: Any) -> int:
+    """A number of steps, of whatever integer type.
+
+    Raises:
+        CallError: it is none, or LCMScheduler can't place so many.
+    """
+    try:
+        steps = 0 if isinstance(value, bool | np.bool_) or _is_bool_tensor(value) else operator.index(value)
+    except TypeError:
+        steps = 0
+    if not 1 <= steps <= MAX_STEPS:
+        raise CallError(
+            f"{name}={value!r}: an accelerated pipe takes whole numbers from 1 to {MAX_STEPS}; 4 is usual."
+        )
+    return steps
+
+
+def _number(name: str, value: Any) -> float:
+    """A guidance, of whatever type that counts as a number.
+
+    Raises:
+        CallError: it is none.
+    """
+    try:
+        number = math.nan if isinstance(value, bool | np.bool_ | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number) or _is_bool_tensor(value):
+        raise CallError("{}={!r}: a number from {:g} to {:g} is expected.".format(name, value, *GUIDANCE_RANGE))
+    return number
+
+
+def _is_bool_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
+
+
+def _is_off(guidance: Any) -> bool:
+    """Whether a guidance, or each of several, is too small to be applied. Not so where nobody knows."""
+    if isinstance(guidance, list | tuple):
+        return all(_is_off(one) for one in guidance)
+    try:
+        return bool(guidance.max() <= 1) if hasattr(guidance, "max") else bool(guidance <= 1)
+    except TypeError:  # None: the pipeline's own default, above 1
+        return False
+
+
+def _says_something(value: Any, default: Any) -> bool:
+    """Whether an argument asks for anything: not None, empty, zero, or what it is by default."""
+    if isinstance(value, list | tuple):
+        return any(_says_something(one, None) for one in value)
+    if isinstance(value, str | int | float):
+        return bool(value) and value != default
+    return value is not None
