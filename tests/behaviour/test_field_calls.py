@@ -138,6 +138,14 @@ def test_C1_pictures_go_by_many_names(fast, name):
     assert silently(pipe, **{name: PICTURE}, strength=0.5) == [1] * 4
 
 
+def test_C1_latents_are_no_picture_where_a_picture_can_be_given(fast):
+    class WithLatents(Hybrid):
+        def __call__(self, prompt=None, image=None, strength=0.5, num_inference_steps=50, latents=None):
+            return self._draw(prompt, image, strength, num_inference_steps, 1)
+
+    assert silently(fast(WithLatents), latents=torch.zeros(1, 4, 8, 8)) == [1] * 4
+
+
 @pytest.mark.parametrize("name", ["ip_adapter_image", "control_image", "mask_image", "style_image", "ref_image"])
 def test_C1_other_pictures_are_not_what_a_call_starts_from(fast, name):
     pipe = fast(hybrid(name))
@@ -636,6 +644,14 @@ def test_C8_the_message_names_guidance_and_the_cause(fast, fault):
     assert passes(pipe, guidance_scale=1.5) == [2]
 
 
+class Checks(Hybrid):
+    def __call__(self, prompt=None, num_inference_steps=50, guidance_scale=7.5):
+        self.check_mask(None)
+
+    def check_mask(self, mask):
+        raise TypeError(f"the mask is {type(mask).__name__}")
+
+
 def test_C8_the_callers_own_faults_are_not_explained_away(fast):
     pipe = fast(type("Broken", (Broken,), {"fault": lambda noise, negative: None, "__module__": __name__}))
 
@@ -644,6 +660,8 @@ def test_C8_the_callers_own_faults_are_not_explained_away(fast):
 
     with pytest.raises(TypeError, match="not subscriptable"):
         passes(pipe, callback=callback)
+    with pytest.raises(TypeError, match="the mask is NoneType"):
+        passes(fast(Checks))
     with pytest.raises(ValueError, match="Provide either `prompt`") as raised:
         passes(fast(), prompt=None)
     assert not isinstance(raised.value, lcmlora.CallError)
