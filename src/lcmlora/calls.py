@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import re
-import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline
 
 from .errors import CallError
 from .parameters import Parameters
@@ -25,15 +23,18 @@ _CANNOT = {
     "EDICTPipeline": "it has a sampler of its own, coupled DDIM",
     "SdeDragPipeline": "it has a sampler of its own, for an SDE",
     "StableDiffusionDiffEditPipeline": "the latents of its invert() lie at DDIM's timesteps, not at LCM's",
+    "StableDiffusionHDPainterPipeline": "it passes variance_noise to scheduler.step, which LCMScheduler does not take",
     "StableDiffusionLatentUpscalePipeline": "it reads scheduler.sigmas, which LCMScheduler has not",
     "StableDiffusionParadigmsPipeline": "it needs a parallel scheduler",
+    "StableDiffusionRepaintPipeline": "it needs RePaintScheduler's undo_step",
 }
 """Pipelines with a UNet of the right shape whose own `__call__` rules LCM out; no structure tells."""
 _NO_GENERATION = re.compile(r"_|(get|check|prepare|encode|decode|invert|set|enable|disable|train|retrieve)(_|$)")
 """Methods that take num_inference_steps and draw nothing, or run an inversion's own schedule."""
 _SYMPTOMS = re.compile(
-    r"NoneType|not enough values to unpack|index out of range|index 1 is out of bounds for dimension 0 with size 1"
-    r"|local variable|non-singleton dimension 0|size 1 but got size 2|size 2 but got size 1"
+    r"NoneType|not enough values to unpack|index out of range|local variable|division by zero"
+    r"|index (\d+) is out of bounds for (dimension|axis) 0 with size \1\b|non-singleton dimension 0"
+    r"|size (1 but got size 2|2 but got size 1)\b|shape '\[2, |guidance_scale|do_classifier_free"
 )
 """What Python and torch say where the unconditional half of a batch is looked for and is not there."""
 
@@ -58,16 +59,16 @@ class Hooks(NamedTuple):
 
 def methods_of(cls: type) -> list[str]:
     """The names of a pipeline class's methods that draw in a number of steps: its call, and public ones like it."""
-    return [name for name in dir(cls) if _draws(cls, name) and Parameters.of(cls, name).steps]
+    return [name for name in dir(cls) if inspect.isfunction(inspect.getattr_static(cls, name)) and _draws(cls, name)]
 
 
 def _draws(cls: type, name: str) -> bool:
-    function = inspect.getattr_static(cls, name, None)
-    if name == "__call__":
-        return inspect.isfunction(function)
-    if _NO_GENERATION.match(name) or not inspect.isfunction(function) or hasattr(DiffusionPipeline, name):
+    if name != "__call__" and (_NO_GENERATION.match(name) or hasattr(DiffusionPipeline, name)):
         return False
-    return "num_inference_steps" in inspect.signature(function).parameters
+    takes = Parameters.of(cls, name)
+    if name == "__call__" or takes.steps == "num_inference_steps":
+        return takes.steps is not None
+    return bool(takes.steps and "prompt" in takes.defaults and (takes.guidance or takes.more_guidance))
 
 
 def why_not(cls: type) -> str | None:
@@ -75,44 +76,12 @@ def why_not(cls: type) -> str | None:
     for ancestor in cls.__mro__:
         if reason := _CANNOT.get(ancestor.__name__):
             return f"{cls.__name__} can't be driven by LCMScheduler: {reason}."
-    names = methods_of(cls)
-    if not names:
+    if not methods_of(cls):
         return (
-            f"{cls.__name__} takes no num_inference_steps, neither in its call nor in another public method: there is "
-            "no telling it to run LCM's few steps."
+            f"{cls.__name__} takes no num_inference_steps, neither in its call nor in another public method, so it "
+            "can't be told to run LCM's few steps."
         )
-    for name in names:
-        if want := next(_beyond_lcm(getattr(cls, name)), None):
-            return f"{cls.__name__} can't be driven by LCMScheduler: its {name} {want}."
     return None
-
-
-def _beyond_lcm(function: Any) -> Iterator[str]:
-    """What a method asks of `self.scheduler`, without an `if` around it, that LCMScheduler has not."""
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-        nodes = list(_unconditional(ast.parse(source)))
-    except (OSError, TypeError, SyntaxError):  # made by exec, say
-        return
-    scheduler = LCMScheduler()
-    known, taken = {*dir(scheduler), *scheduler.config}, inspect.signature(scheduler.step).parameters
-    for node in nodes:
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.scheduler.step":
-            for keyword in node.keywords:
-                if keyword.arg and keyword.arg not in taken:
-                    yield f"passes {keyword.arg} to scheduler.step, which LCMScheduler does not take"
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self.scheduler":
-            if isinstance(node.ctx, ast.Store):
-                known.add(node.attr)
-            elif node.attr not in known:
-                yield f"reads scheduler.{node.attr}, which LCMScheduler has not"
-
-
-def _unconditional(node: ast.AST) -> Iterator[ast.AST]:
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.If | ast.IfExp | ast.Try | ast.FunctionDef) or isinstance(node, ast.Module):
-            yield from _unconditional(child)
 
 
 def governed(cls: type, hooks: Hooks) -> type:

@@ -58,11 +58,14 @@ class Parameters:
     @classmethod
     def of(cls, pipeline: type, name: str) -> Parameters:
         """Those of a class's method. One that hands `**kwargs` on to the class above takes that one's, too."""
-        chain = [list(inspect.signature(function).parameters.values())[1:] for function in _chain(pipeline, name)]
+        functions = _chain(pipeline, name)
+        chain = [list(inspect.signature(function).parameters.values())[1:] for function in functions]
         kinds = [{parameter.kind for parameter in parameters} for parameters in chain]
-        found = {p.name: p for parameters in chain for p in parameters if p.kind not in _VARIADIC}
+        found = {p.name: p for parameters in reversed(chain) for p in parameters}
+        fixed = _fixed(code_of(functions[0])) - {p.name for p in chain[0]}
+        found = {p.name: p for p in [*chain[0], *found.values()] if p.kind not in _VARIADIC and p.name not in fixed}
         first = found.values() if inspect.Parameter.VAR_POSITIONAL in kinds[0] else chain[0]
-        by_place = [p.name for p in first if p.kind is p.POSITIONAL_OR_KEYWORD]
+        by_place = [p.name for p in first if p.kind not in (*_VARIADIC, p.KEYWORD_ONLY)]
         guidance = _first(_GUIDANCE, found)
         more = [key for key in found if key != guidance and (key in _GUIDANCE or _MORE_GUIDANCE.fullmatch(key))]
         other_strength = pipeline.__name__ in _STRENGTH_OF_ANOTHER_KIND
@@ -125,7 +128,7 @@ class Parameters:
         """Arguments that nothing in the class names, each with the name that may be meant, or ""."""
         if self.open:
             for name in given.keys() - self.defaults.keys() - self.read:
-                near = [key for key in self.defaults if name in key]
+                near = [key for key in (self.steps, self.guidance) if key and name in key]
                 yield name, (near or difflib.get_close_matches(name, self.defaults, 1, 0.5) or [""])[0]
 
 
@@ -153,7 +156,19 @@ def _strings(pipeline: type) -> frozenset[str]:
     functions = [value for cls in pipeline.__mro__ for value in vars(cls).values() if inspect.isfunction(value)]
     codes = [code_of(function) for function in functions]
     taken = {name for code in codes for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
-    return frozenset(taken | {text for code in codes for text in code.co_consts if isinstance(text, str)})
+    return frozenset(taken.union(*map(_constants, codes)))
+
+
+def _constants(code: Any) -> set[str]:
+    nested = [one for constant in code.co_consts for one in (constant if isinstance(constant, tuple) else (constant,))]
+    return {text for text in nested if isinstance(text, str)}
+
+
+def _fixed(code: Any) -> set[str]:
+    """Names that a method may pass on with values of its own, `super().__call__(num_inference_steps=30, **kwargs)`:
+    given once more, they are a TypeError. Not so where it asks whether they are given.
+    """
+    return set() if {"setdefault", "pop", "get", "update"} & set(code.co_names) else _constants(code)
 
 
 def _first(names: Iterable[str], found: Mapping[str, Any]) -> str | None:

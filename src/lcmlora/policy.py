@@ -141,10 +141,10 @@ class Policy:
             changes[takes.guidance] = self._clamped(takes.guidance, self.guidance if value is None else value)
         for name in takes.more_guidance:
             value = given.get(name, takes.defaults[name])
-            if name in given:
+            if name not in given and isinstance(value, int | float) and value > GUIDANCE_RANGE[1]:
+                changes[name] = max(self.guidance or 0, GUIDANCE_RANGE[0])  # a default made for 50 steps
+            elif name in given and not isinstance(value, bool | str | dict | None):
                 changes[name] = self._clamped(name, value)
-            elif isinstance(value, int | float) and value > GUIDANCE_RANGE[1]:  # a default made for 50 steps
-                changes[name] = max(self.guidance or 0, GUIDANCE_RANGE[0])
         return changes
 
     def _clamped(self, name: str, value: Any) -> Any:

@@ -79,7 +79,7 @@ TWICE = {
 
 
 @pytest.mark.parametrize("case", TWICE)
-def test_D1_of_two_spellings_the_one_that_diffusers_keeps(case, tmp_path):  # noqa: N802
+def test_D1_of_two_spellings_the_one_that_diffusers_keeps(case, tmp_path):
     pipe, file = xl_pipe(), tmp_path / "twice.safetensors"
     tensors = {}
     for seed, spelling in enumerate(TWICE[case]):
@@ -96,7 +96,7 @@ def test_D1_of_two_spellings_the_one_that_diffusers_keeps(case, tmp_path):  # no
     torch.testing.assert_close(weights_of(as_lcm.unet), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_D1_processor_keys_beside_peft_keys(tmp_path):  # noqa: N802
+def test_D1_processor_keys_beside_peft_keys(tmp_path):
     pipe, file = sd_pipe(), tmp_path / "twice.safetensors"
     wanted = some(lcm_layers(pipe.unet), r"attn1\.to_[qv]")
     save_file(keys(halves(wanted, seed=1), SPELLINGS["peft"]) | keys(halves(wanted, seed=2), processor), file)
@@ -111,7 +111,7 @@ PARTLY |= {"sgm-and-peft": (sgm, SPELLINGS["peft"])}
 
 
 @pytest.mark.parametrize("case", PARTLY)
-def test_D1_a_part_in_both_spellings_keeps_what_diffusers_keeps(case, tmp_path):  # noqa: N802
+def test_D1_a_part_in_both_spellings_keeps_what_diffusers_keeps(case, tmp_path):
     """One spelling for all layers, and the one that diffusers prefers for the attention alone."""
     (whole, part), pipe, file = PARTLY[case], xl_pipe(), tmp_path / "twice.safetensors"
     attention = some(lcm_layers(pipe.unet), r"attn\d\.to_q")
@@ -155,7 +155,7 @@ DORA_KEYS = {
 
 @pytest.mark.parametrize("fuse", ["auto", False])
 @pytest.mark.parametrize("spelling", DORA_KEYS)
-def test_D2_dora_does_as_adapter_what_plain_diffusers_makes_of_it(spelling, fuse, tmp_path):  # noqa: N802
+def test_D2_dora_does_as_adapter_what_plain_diffusers_makes_of_it(spelling, fuse, tmp_path):
     file = dora_file(tmp_path / "dora.safetensors", sd_pipe(), DORA_KEYS[spelling])
     plain, pipe = sd_pipe(), sd_pipe()
     plain.load_lora_weights(
@@ -174,7 +174,7 @@ def test_D2_dora_does_as_adapter_what_plain_diffusers_makes_of_it(spelling, fuse
     assert_same(before, snapshot(pipe))
 
 
-def test_D2_dora_in_fp16(tmp_path):  # noqa: N802
+def test_D2_dora_in_fp16(tmp_path):
     file = dora_file(tmp_path / "dora.safetensors", sd_pipe())
     plain, pipe = sd_pipe().to(torch.bfloat16), sd_pipe().to(torch.bfloat16)
     plain.load_lora_weights(str(tmp_path), weight_name=file.name)
@@ -183,7 +183,7 @@ def test_D2_dora_in_fp16(tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("where", ["unet", "text"])
-def test_D2_dora_is_not_merged_and_says_why(where, tmp_path):  # noqa: N802
+def test_D2_dora_is_not_merged_and_says_why(where, tmp_path):
     author = sd_pipe()
     file = dora_file(tmp_path / "dora.safetensors", author, text=where == "text")
     if where == "text":
@@ -211,7 +211,7 @@ def dora_by_hand(weight, down, up, magnitude) -> torch.Tensor:
     return (magnitude.flatten()[:, None] * whole / whole.norm(dim=1, keepdim=True)).view_as(weight)
 
 
-def test_D2_kohyas_dora_scale_counts(tmp_path):  # noqa: N802
+def test_D2_kohyas_dora_scale_counts(tmp_path):
     """Plain diffusers 0.42 is no judge here: it drops `dora_scale` and draws with the rest."""
     pipe, file, expected = sd_pipe(), tmp_path / "dora.safetensors", sd_pipe()
     made = halves(some(lcm_layers(pipe.unet), r"attn1\.to_q|resnets\.0\.conv1"))
@@ -226,7 +226,7 @@ def test_D2_kohyas_dora_scale_counts(tmp_path):  # noqa: N802
     assert close(pass_of(pipe), pass_of(expected))
 
 
-def test_D2_layers_without_magnitudes_stay_plain_loras(tmp_path):  # noqa: N802
+def test_D2_layers_without_magnitudes_stay_plain_loras(tmp_path):
     pipe, file, expected = sd_pipe(), tmp_path / "dora.safetensors", sd_pipe()
     made = halves(some(lcm_layers(pipe.unet), r"attn1\.to_[qv]"))
     tensors = keys(made, SPELLINGS["peft"])
@@ -260,14 +260,14 @@ OTHER_KINDS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_D2_other_kinds_of_adapters_are_named(kind, tmp_path):  # noqa: N802
+def test_D2_other_kinds_of_adapters_are_named(kind, tmp_path):
     file = write_lora(tmp_path / "s.safetensors", sd_pipe().unet, extra={OTHER_KINDS[kind]: torch.ones(4, 4)})
     with pytest.raises(LoraFileError, match=f"is no plain LoRA but .*{kind}"):
         lcmlora.inspect_lora(file)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (7,)])
-def test_D2_magnitudes_of_another_shape_are_refused(shape, tmp_path):  # noqa: N802
+def test_D2_magnitudes_of_another_shape_are_refused(shape, tmp_path):
     """kohya's may be by input: (1, in, 1, 1). The first layer has 8 outputs and 8 inputs."""
     key = "lora_unet_down_blocks_0_resnets_0_conv1.dora_scale"
     file = write_lora(tmp_path / "s.safetensors", sd_pipe().unet, extra={key: torch.ones(shape)})
@@ -290,7 +290,7 @@ def text_file(path: Path, pipe, spelling: str = "peft", unet: bool = True) -> Pa
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("spelling", ["peft", "lora_te_", "lora_linear_layer"])
-def test_D3_keys_for_layers_that_were_cut_off_are_left_out(spelling, fuse, tmp_path):  # noqa: N802
+def test_D3_keys_for_layers_that_were_cut_off_are_left_out(spelling, fuse, tmp_path):
     file = text_file(tmp_path / "s.safetensors", sd_pipe(), spelling, unet=False)
     plain, pipe = sd_pipe(), sd_pipe()
     for each in (plain, pipe):
@@ -311,7 +311,7 @@ def test_D3_keys_for_layers_that_were_cut_off_are_left_out(spelling, fuse, tmp_p
         ("sdxl", ["text_encoder", "text_encoder_2"], 12),
     ],
 )
-def test_D3_keys_for_an_encoder_that_is_not_there_are_left_out(kind, gone, count, tmp_path):  # noqa: N802
+def test_D3_keys_for_an_encoder_that_is_not_there_are_left_out(kind, gone, count, tmp_path):
     file = text_file(tmp_path / "s.safetensors", PIPES[kind]())
     pipe, whole = PIPES[kind](), PIPES[kind]()
     for part in gone:
@@ -323,7 +323,7 @@ def test_D3_keys_for_an_encoder_that_is_not_there_are_left_out(kind, gone, count
     lcmlora.restore(pipe)
 
 
-def test_D3_keys_for_cut_layers_alone(tmp_path):  # noqa: N802
+def test_D3_keys_for_cut_layers_alone(tmp_path):
     pipe, file = sd_pipe(), text_file(tmp_path / "s.safetensors", sd_pipe())
     save_file({key: value for key, value in load_file(file).items() if "layers.0" not in key}, file)
     pipe.text_encoder.encoder.layers = pipe.text_encoder.encoder.layers[:1]
@@ -331,7 +331,7 @@ def test_D3_keys_for_cut_layers_alone(tmp_path):  # noqa: N802
         as_style(pipe, file)
 
 
-def test_D3_what_does_not_fit_stays_an_error(tmp_path):  # noqa: N802
+def test_D3_what_does_not_fit_stays_an_error(tmp_path):
     wide = sd_pipe()
     wide.text_encoder = nn.Module()
     wide.text_encoder.fc1 = nn.Linear(64, 64)
@@ -354,7 +354,7 @@ def test_D3_what_does_not_fit_stays_an_error(tmp_path):  # noqa: N802
 
 
 @pytest.mark.parametrize("name", ["0a1b2c3d4e5f", "lora.bin", "lora.safetensors.tmp", "lora.ckpt", "lora.v1.0"])
-def test_D4_the_header_decides_and_not_the_name(name, tmp_path):  # noqa: N802
+def test_D4_the_header_decides_and_not_the_name(name, tmp_path):
     pipe = sd_pipe()
     file = write_lora(tmp_path / "good.safetensors", pipe.unet)
     other = Path(shutil.copy(file, tmp_path / name))
@@ -364,7 +364,7 @@ def test_D4_the_header_decides_and_not_the_name(name, tmp_path):  # noqa: N802
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora", "lora.bin"])
 @pytest.mark.parametrize("way", ["zip", "legacy", "pickle"])
-def test_D4_a_pickle_is_refused_whatever_its_name(way, name, tmp_path):  # noqa: N802
+def test_D4_a_pickle_is_refused_whatever_its_name(way, name, tmp_path):
     file, tensors = tmp_path / name, {"unet.x.lora_A.weight": torch.ones(1)}
     if way == "pickle":
         file.write_bytes(pickle.dumps({"a": 1}, protocol=4))
@@ -376,7 +376,7 @@ def test_D4_a_pickle_is_refused_whatever_its_name(way, name, tmp_path):  # noqa:
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("alpha", [1e-3, 1e-6, 0.0, -2.0, 5e3])
-def test_D4_any_finite_alpha_as_plain(alpha, fuse, tmp_path):  # noqa: N802
+def test_D4_any_finite_alpha_as_plain(alpha, fuse, tmp_path):
     pipe, file = sd_pipe(), tmp_path / "s.safetensors"
     save_file(keys(halves(some(lcm_layers(pipe.unet), "to_q")), kohya, lambda name: torch.tensor(alpha)), file)
     expected = weights_of(by_diffusers(sd_pipe(), file).unet)
@@ -392,7 +392,7 @@ def test_D4_any_finite_alpha_as_plain(alpha, fuse, tmp_path):  # noqa: N802
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
-def test_D5_a_dict_of_tensors_does_what_its_file_does(spelling, fuse, tmp_path):  # noqa: N802
+def test_D5_a_dict_of_tensors_does_what_its_file_does(spelling, fuse, tmp_path):
     pipe, other = sd_pipe(), sd_pipe()
     lcm = write_lora(tmp_path / "lcm.safetensors", pipe.unet)
     style = write_lora(tmp_path / "s.safetensors", pipe.unet, seed=2, spelling=spelling)
@@ -410,7 +410,7 @@ def test_D5_a_dict_of_tensors_does_what_its_file_does(spelling, fuse, tmp_path):
     assert_same(before, snapshot(pipe))
 
 
-def test_D5_a_dict_is_checked_as_a_file_is():  # noqa: N802
+def test_D5_a_dict_is_checked_as_a_file_is():
     unet = sd_pipe().unet
     layer = next(iter(lcm_layers(unet)))
     a, b = f"unet.{layer}.lora_A.weight", f"unet.{layer}.lora_B.weight"
@@ -438,7 +438,7 @@ def load_of(unet) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("given", [("a.safetensors", 0.5), ["a"], None, 5, 0.5, b"a", object(), True, "", {1, 2}])
-def test_D5_anything_else_is_refused_with_what_to_type(given, tmp_path):  # noqa: N802
+def test_D5_anything_else_is_refused_with_what_to_type(given, tmp_path):
     words = r"is no LoRA source: give a file, .*lcmlora\.Style\(source, weight\)\."
     number = isinstance(given, int | float)  # a weight for a style, which has to be known then
     making = (Style, Style.of, lambda given: lcmlora.accelerate(sd_pipe(), styles={"s": given}))
@@ -456,12 +456,12 @@ def test_D5_anything_else_is_refused_with_what_to_type(given, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("name", ["weight_name", "subfolder", "revision"])
-def test_D5_names_are_strings(name):  # noqa: N802
+def test_D5_names_are_strings(name):
     with pytest.raises(LoraFileError, match=f"{name}=0.5: a string is expected"):
         Style("owner/name", **{name: 0.5})
 
 
-def test_E8_one_file_in_every_spelling_is_one_source(tmp_path, monkeypatch):  # noqa: N802
+def test_E8_one_file_in_every_spelling_is_one_source(tmp_path, monkeypatch):
     pipe = sd_pipe()
     file = write_lora(tmp_path / "lcm.safetensors", pipe.unet)
     monkeypatch.chdir(tmp_path)
@@ -497,7 +497,7 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-def test_D7_each_source_has_its_own_revision(cache):  # noqa: N802
+def test_D7_each_source_has_its_own_revision(cache):
     options = dict(cache_dir=cache, local_files_only=True)
     pipe = lcmlora.accelerate(sd_pipe(), lora="owner/lcm", revision="v2", styles={"s": "owner/style"}, **options)
     assert COMMITS["v2"] in lcmlora.status(pipe).lora
@@ -508,7 +508,7 @@ def test_D7_each_source_has_its_own_revision(cache):  # noqa: N802
 
 @pytest.mark.parametrize("revision", [None, "main", "v2", "b" * 40])
 @pytest.mark.parametrize("subfolder", [None, "sub", Path("sub")])
-def test_D7_subfolder_and_revision_of_a_repository(subfolder, revision, cache):  # noqa: N802
+def test_D7_subfolder_and_revision_of_a_repository(subfolder, revision, cache):
     found = Source.of("owner/lcm", subfolder=subfolder, revision=revision).find(HubOptions(cache))
     assert found.path.parent.name == ("sub" if subfolder else found.path.parent.name)
     assert COMMITS.get(revision or "main", revision) in str(found.path)
@@ -517,7 +517,7 @@ def test_D7_subfolder_and_revision_of_a_repository(subfolder, revision, cache): 
     assert info.path == found.path
 
 
-def test_D7_subfolder_of_a_folder(cache, tmp_path):  # noqa: N802
+def test_D7_subfolder_of_a_folder(cache, tmp_path):
     folder = cache / "models--owner--lcm" / "snapshots" / COMMITS["main"]
     assert Source.of(folder, subfolder="sub").find().path == folder / "sub" / WEIGHT_NAME
     with pytest.raises(LoraFileError, match="subfolder"):
@@ -526,7 +526,7 @@ def test_D7_subfolder_of_a_folder(cache, tmp_path):  # noqa: N802
         Source.of(folder, subfolder="nowhere").find()
 
 
-def test_D7_an_error_without_words_is_none_of_ours(monkeypatch, tmp_path):  # noqa: N802
+def test_D7_an_error_without_words_is_none_of_ours(monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise RuntimeError
 
@@ -554,7 +554,7 @@ NO_LORA = {
 
 
 @pytest.mark.parametrize("case", NO_LORA)
-def test_D6_what_is_no_lora_is_named(case, tmp_path):  # noqa: N802
+def test_D6_what_is_no_lora_is_named(case, tmp_path):
     content, words = NO_LORA[case]
     pipe, file = sd_pipe(), tmp_path / WEIGHT_NAME
     file.write_bytes(content)
@@ -566,7 +566,7 @@ def test_D6_what_is_no_lora_is_named(case, tmp_path):  # noqa: N802
     assert_same(before, snapshot(pipe))
 
 
-def test_D6_a_zip_that_is_no_pickle(tmp_path):  # noqa: N802
+def test_D6_a_zip_that_is_no_pickle(tmp_path):
     with zipfile.ZipFile(tmp_path / "s.safetensors", "w") as archive:
         archive.writestr("readme.txt", "hello")
     with pytest.raises(LoraFileError, match="is a zip archive"):
@@ -613,7 +613,7 @@ GONE |= {"folder": to_folder, "pointer": rewrite_to_pointer}
 
 @pytest.mark.parametrize("which", ["s", "lcm"])
 @pytest.mark.parametrize("way", GONE)
-def test_B8_a_file_that_is_gone_or_changed_is_told_and_nothing_is_touched(way, which, tmp_path):  # noqa: N802
+def test_B8_a_file_that_is_gone_or_changed_is_told_and_nothing_is_touched(way, which, tmp_path):
     pipe = sd_pipe()
     lcm = write_lora(tmp_path / "lcm.safetensors", pipe.unet)
     style = write_lora(tmp_path / "s.safetensors", pipe.unet, only=lambda name: "to_q" in name, seed=2)
@@ -628,7 +628,7 @@ def test_B8_a_file_that_is_gone_or_changed_is_told_and_nothing_is_touched(way, w
     assert_same(before, snapshot(pipe))
 
 
-def test_B8_another_working_folder_does_no_harm(tmp_path, monkeypatch):  # noqa: N802
+def test_B8_another_working_folder_does_no_harm(tmp_path, monkeypatch):
     pipe, other = sd_pipe(), sd_pipe()
     write_lora(tmp_path / "lcm.safetensors", pipe.unet)
     (tmp_path / "there").mkdir()
@@ -643,7 +643,7 @@ def test_B8_another_working_folder_does_no_harm(tmp_path, monkeypatch):  # noqa:
     assert style.origin.find().path == tmp_path / "lcm.safetensors"
 
 
-def test_B8_between_planning_and_merging(tmp_path, monkeypatch):  # noqa: N802
+def test_B8_between_planning_and_merging(tmp_path, monkeypatch):
     pipe = sd_pipe()
     lcm = write_lora(tmp_path / "lcm.safetensors", pipe.unet)
     before, real = snapshot(pipe), lcmlora.acceleration.make_plan
@@ -661,7 +661,7 @@ def test_B8_between_planning_and_merging(tmp_path, monkeypatch):  # noqa: N802
         write_lora(lcm, pipe.unet)
 
 
-def test_B8_a_dict_that_is_written_to(tmp_path):  # noqa: N802
+def test_B8_a_dict_that_is_written_to(tmp_path):
     pipe = sd_pipe()
     tensors = load_of(pipe.unet)
     lcmlora.accelerate(pipe, lora=tensors)
@@ -674,7 +674,7 @@ def test_B8_a_dict_that_is_written_to(tmp_path):  # noqa: N802
         lcmlora.set_styles(pipe, {"s": 0.2})
 
 
-def test_B8_check_reads_nothing(tmp_path, monkeypatch):  # noqa: N802
+def test_B8_check_reads_nothing(tmp_path, monkeypatch):
     file = Source.of(write_lora(tmp_path / "lcm.safetensors", sd_pipe().unet)).find()
     lora = lcmlora.lora.merge.FileLora(file, read(file).modules)
     monkeypatch.setattr("builtins.open", None)
@@ -711,7 +711,7 @@ MOTION_SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", MOTION_SPELLINGS)
-def test_A1_motion_loras_are_matched_with_the_motion_modules(spelling, tmp_path):  # noqa: N802
+def test_A1_motion_loras_are_matched_with_the_motion_modules(spelling, tmp_path):
     unet, file = motion_unet(), tmp_path / "pan.safetensors"
     everything = {name: m for name, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     wanted = some(everything, r"motion_modules\.\d+\.transformer_blocks\.0\.attn\d\.to_")

@@ -116,7 +116,7 @@ class Snapshot:
 
 def _check_pipeline(pipe: Any) -> None:
     name = type(pipe).__name__
-    if isinstance(pipe, nn.Module) or not callable(pipe):
+    if isinstance(pipe, nn.Module) or not (callable(pipe) or hasattr(pipe, "unet")):
         raise PipelineError(f"accelerate takes a diffusers pipeline, not {name}.")
     unet = compat.uncompiled(getattr(pipe, "unet", None))
     if isinstance(unet, UNet2DConditionModel | UNetMotionModel):
