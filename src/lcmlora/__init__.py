@@ -36,6 +36,7 @@ _HOME = {
     "distill": "distillation",
     "inspect_lora": "lora.files",
     "is_accelerated": "state",
+    "load_baked": "baking",
     "load_pocket": "pocket",
     "register": "base",
     "restore": "acceleration",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from .acceleration import set_styles as set_styles
     from .acceleration import styled as styled
     from .baking import bake as bake
+    from .baking import load_baked as load_baked
     from .base import Base as Base
     from .base import bases as bases
     from .base import detect_base as detect_base

@@ -193,6 +193,8 @@ def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
     """
     with _alone(pipe):
         record = pipe_record_of(pipe)
+        if record is not None and record.baked:
+            raise PipelineError("this pipe was baked: the LCM-LoRA is in its file, and there is nothing to restore.")
         modules = dict(record.modules) if record is not None else _orphans(pipe)
         last = {
             name: component_of(name, module)
@@ -266,9 +268,9 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
         PipelineError: as for `set_styles`.
     """
     record = pipe_record_of(pipe)
-    if record is None:
+    if record is None or record.baked:
         raise PipelineError("styled changes an accelerated pipe for a while; lcmlora.accelerate(pipe) first.")
-    with record.unet.gate.changing():
+    with record.gate.changing():
         applied = record.unet.applied
         assert applied is not None
         set_styles(pipe, styles)
@@ -310,11 +312,10 @@ def merged(pipe: Any) -> Iterator[None]:
 @contextmanager
 def _alone(pipe: Any) -> Iterator[None]:
     """No call of a pipe with this UNet, and no other transition."""
-    record = pipe_record_of(pipe)
-    unet = record.unet if record is not None else module_record_of(getattr(pipe, "unet", None))
+    changed = pipe_record_of(pipe) or module_record_of(getattr(pipe, "unet", None))
     with ExitStack() as stack:
-        if unet is not None:
-            stack.enter_context(unet.gate.changing())
+        if changed is not None:
+            stack.enter_context(changed.gate.changing())
         stack.enter_context(lock)
         yield
 

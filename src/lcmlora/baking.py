@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import __version__
+from . import __version__, calls
 from .acceleration import merged
+from .calling import HOOKS
 from .errors import PipelineError
+from .policy import Policy
 from .state import is_accelerated, status
-
-RECIPE = "lcmlora.json"
-"""The file in a baked folder that says what was merged, and how to call the pipe."""
+from .transition import transaction
+from .transition.records import PipeRecord, Shell
+from .transition.snapshot import BAKED, read_baked
+from .transition.target import PipeSettings
 
 
 def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any) -> Path:
@@ -28,33 +33,73 @@ def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any)
     Args:
         pipe: an accelerated pipe.
         folder: where to; must not exist, or be empty, unless `overwrite`. It appears only when all is written.
-        overwrite: replace what is there.
+        overwrite: replace what is there, if that is a checkpoint (with a `model_index.json`) or an empty folder.
         save: as for diffusers' `save_pretrained`, such as `variant="fp16"`.
 
     Returns:
         The folder.
 
     Raises:
-        PipelineError: the pipe is not accelerated, can't be merged, or the folder is in use.
+        PipelineError: the pipe is not accelerated, can't be merged, or the folder is in use by something else.
     """
     folder = Path(folder)
     if not is_accelerated(pipe):
         raise PipelineError(
             "bake saves an accelerated pipe; lcmlora.accelerate(pipe) first, or pipe.save_pretrained()."
         )
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise PipelineError(f"{folder} exists and is not empty; give another folder, or overwrite=True.")
+    _check_folder(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
         made = Path(place) / folder.name
         with merged(pipe):
             _require_plain(pipe)
             pipe.save_pretrained(made, **save)
-        (made / RECIPE).write_text(json.dumps(_recipe(pipe), indent=1), encoding="utf-8")
+        (made / BAKED).write_text(json.dumps(_recipe(pipe), indent=1), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         made.rename(folder)
     return folder
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse to replace what is no checkpoint, whatever the caller says."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / "model_index.json").is_file():
+        raise PipelineError(f"{folder} exists and is no checkpoint: bake replaces nothing else. Give another folder.")
+    if not overwrite:
+        raise PipelineError(f"{folder} exists and is not empty; give another folder, or overwrite=True.")
+
+
+def load_baked(folder: str | Path, **load: Any) -> Any:
+    """Load what `bake` saved, with its call defaults: the steps and guidance it was baked with, kept within range.
+
+    Args:
+        folder: as given to `bake`.
+        load: as for diffusers' `from_pretrained`, such as `torch_dtype`.
+
+    Returns:
+        A pipeline of the class that was baked.
+
+    Raises:
+        PipelineError: the folder was not baked, or can't be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    written = read_baked(Path(folder))
+    if written is None:
+        raise PipelineError(f"{folder} was not made by lcmlora.bake: there is no {BAKED} in it that says what it is.")
+    call = written.get("call", {})
+    policy = Policy(steps=call.get("num_inference_steps", 4), guidance=call.get("guidance_scale"))
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(folder), **load)
+    except Exception as error:  # diffusers raises many kinds
+        raise PipelineError(f"{folder} can't be loaded as a pipeline: {error}") from error
+    found = Shell(type(pipe), pipe.scheduler, getattr(pipe, "vae", None))
+    made = dataclasses.replace(found, cls=calls.governed(found.cls, HOOKS))
+    record = PipeRecord(weakref.ref(pipe), PipeSettings(policy), {}, found, made, baked=written)
+    transaction.dress(pipe, record, transaction.Undo())
+    return pipe
 
 
 def _recipe(pipe: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def _entered(pipe: Any) -> Iterator[None]:
     if record is None:  # restored since, or a pipe made of this one's parts
         yield
         return
-    with record.unet.gate.calling():
+    with record.gate.calling():
         if not record.running.acquire(blocking=False):
             raise CallError(
                 "another call of this pipe is running in another thread, and a scheduler serves one call at a time: "

@@ -27,10 +27,19 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
 
 
 def wrapped(module: nn.Module) -> nn.Module:
-    """The module itself, or the one inside the PEFT module around it."""
-    children = module._modules
-    inner = children.get("base_layer") or children.get("original_module")
-    return inner if inner is not None and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) else module
+    """The module itself, or the one inside the PEFT modules around it."""
+    return wrappers_of(module)[-1]
+
+
+def wrappers_of(module: nn.Module) -> list[nn.Module]:
+    """PEFT's modules around a module, the outermost first, and it. Adapters of two kinds stand around each other."""
+    chain = [module]
+    while True:
+        children = chain[-1]._modules
+        inner = children.get("base_layer") or children.get("original_module")
+        if inner is None or not isinstance(chain[-1], BaseTunerLayer | AuxiliaryTrainingWrapper):
+            return chain
+        chain.append(inner)
 
 
 def uncompiled(module: Any) -> Any:

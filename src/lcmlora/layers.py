@@ -29,6 +29,7 @@ TARGET_MODULES = (
 )
 """The 14 kinds of layers an LCM-LoRA adapts (diffusers, train_lcm_distill_lora_sdxl.py, `lora_target_modules`)."""
 
+INSIDE = ".base_layer"
 _ENDINGS = tuple("." + kind for kind in TARGET_MODULES)
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")  # whatever else hangs on a UNet is not its own
 _ADDED = re.compile(r"(^|\.)(motion_modules|fuser|processor|image_projection_layers)(\.|$)")
@@ -42,7 +43,8 @@ class ModuleIndex:
         module: the model.
         layers: every Linear and Conv2d by its own name, PEFT wrapping seen through, with those that others put in
             (motion modules, GLIGEN's fusers, IP-Adapter's processors and projections).
-        wrappers: the modules that PEFT has put around others, by the name of what they stand for.
+        wrappers: the modules that PEFT has put around others, by the name of what they stand for; one inside another
+            has `INSIDE` behind its name.
         joint_projections: the attentions that `fuse_qkv_projections` has given a joint projection.
         gradients: every Parameter and whether it requires gradients.
         on_disk: whether group off-loading keeps weights in a file.
@@ -70,9 +72,10 @@ class ModuleIndex:
             if id(here) in seen:
                 continue
             seen.add(id(here))
-            inner = compat.wrapped(here)
-            if inner is not here:
-                wrappers[name] = here
+            *around, inner = compat.wrappers_of(here)
+            for depth, wrapper in enumerate(around):
+                wrappers[name + INSIDE * depth] = wrapper
+            if around:
                 parameters.update((id(p), p) for p in here.parameters())
             if isinstance(inner, nn.Linear | nn.Conv2d):
                 layers[name] = inner

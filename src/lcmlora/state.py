@@ -12,6 +12,7 @@ from .errors import PipelineError
 from .layers import ModuleIndex, unet_of
 from .lora.adapters import Adapters
 from .lora.merge import weight_in
+from .policy import Policy
 from .transition.records import ModuleRecord, module_record_of, pipe_record_of
 from .transition.snapshot import COMPONENTS
 
@@ -79,6 +80,8 @@ def status(pipe: Any) -> Status:
     counts = _by_style(active)
     fused = bool(record and record.content.merged)
     policy = mine.settings.policy if mine else None
+    if mine is not None and mine.baked:
+        return _baked(mine.baked["merged"], mine.settings.policy, type(pipe.scheduler).__name__)
     return Status(
         accelerated=mine is not None,
         base=(applied.base.name if applied.base else "custom") if applied else None,
@@ -93,6 +96,12 @@ def status(pipe: Any) -> Status:
         keep=record.originals.keep if record and fused else None,
         kept_bytes=sum(found.originals.bytes for m in models.values() if (found := module_record_of(m))),
     )
+
+
+def _baked(merged: Mapping[str, Any], policy: Policy, scheduler: str) -> Status:
+    """What stands in the file that `bake` wrote."""
+    base, lora, weight, styles = (merged.get(key) for key in ("base", "lora", "weight", "styles"))
+    return Status(True, base, lora, weight, True, styles or {}, {}, scheduler, policy.steps, policy.guidance, None, 0)
 
 
 Range = tuple[float, float]

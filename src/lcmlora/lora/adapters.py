@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import LoraFileError
-from ..layers import ModuleIndex, layer_shape
+from ..layers import INSIDE, ModuleIndex, layer_shape
 from .merge import Factors, FileLora, Lora, Weight
 
 
@@ -73,6 +73,7 @@ class Adapters:
     def __init__(self, index: ModuleIndex) -> None:
         self._module = index.module
         self._wrappers: dict[str, Any] = dict(index.wrappers)
+        self._outermost = _outermost(index.wrappers)
         self._layers = frozenset(index.layers)
         self._marks = {key: index.module.__dict__[key] for key in compat.PEFT_MARKS if key in index.module.__dict__}
         self._configs = dict(self._marks.get("peft_config") or {})
@@ -133,7 +134,7 @@ class Adapters:
         For the meantime the model is a plain one: its forward pass costs nothing extra, and PEFT can't un-merge what
         it did not merge.
         """
-        _put(self._module, {name: compat.wrapped(wrapper) for name, wrapper in self._wrappers.items()})
+        _put(self._module, {name: compat.wrapped(wrapper) for name, wrapper in self._outermost.items()})
         for key in compat.PEFT_MARKS:
             self._module.__dict__.pop(key, None)
 
@@ -143,20 +144,23 @@ class Adapters:
         Args:
             here: the model as it is now; None walks over it.
         """
-        now = (here or ModuleIndex.of(self._module)).wrappers
-        _put(self._module, {name: compat.wrapped(w) for name, w in now.items() if name not in self._wrappers})
-        _put(self._module, self._wrappers)
+        now = _outermost((here or ModuleIndex.of(self._module)).wrappers)
+        _put(self._module, {name: compat.wrapped(w) for name, w in now.items() if name not in self._outermost})
+        _put(self._module, self._outermost)
         for name, wrapper in self._wrappers.items():
             compat.set_adapter_state(wrapper, self._states[name])
         for parameter, gradient in self._gradients:
-            if parameter.requires_grad != gradient:
-                parameter.requires_grad_(gradient)
+            _require(parameter, gradient)
         for key in compat.PEFT_MARKS:
             self._module.__dict__.pop(key, None)
         self._module.__dict__.update(self._marks)
         if "peft_config" in self._marks:
             self._marks["peft_config"].clear()
             self._marks["peft_config"].update(self._configs)
+
+
+def _outermost(wrappers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: wrapper for name, wrapper in wrappers.items() if not name.endswith(INSIDE)}
 
 
 def _put(module: nn.Module, parts: Mapping[str, nn.Module]) -> None:
@@ -260,8 +264,9 @@ def activate(index: ModuleIndex, loras: Mapping[str, Lora], weights: Mapping[str
     for layer, wrapper in index.wrappers.items():
         tuner: Any = wrapper
         there = compat.adapters_in(wrapper)
+        where = layer.partition(INSIDE)[0]
         at = {
-            name: loras[name].found.get(layer, 0.0) if w is None else w for name, w in weights.items() if name in there
+            name: loras[name].found.get(where, 0.0) if w is None else w for name, w in weights.items() if name in there
         }
         here = sorted(name for name, weight in at.items() if weight)  # PEFT adds in this order
         plain = hasattr(tuner, "r")
@@ -273,7 +278,13 @@ def activate(index: ModuleIndex, loras: Mapping[str, Lora], weights: Mapping[str
         if plain and (set(tuner.active_adapters) != set(here) or tuner.disable_adapters):
             raise RuntimeError(f"PEFT did not activate {here}; active: {tuner.active_adapters}")
     for parameter, gradient in index.gradients:  # set_adapter turns gradients on
-        parameter.requires_grad_(gradient)
+        _require(parameter, gradient)
+
+
+def _require(parameter: nn.Parameter, gradient: bool) -> None:
+    if parameter.requires_grad != gradient:
+        mode = torch.inference_mode if parameter.is_inference() else torch.enable_grad
+        mode()(parameter.requires_grad_)(gradient)
 
 
 def delete(index: ModuleIndex, names: set[str]) -> None:

@@ -216,6 +216,8 @@ class PipeRecord(_Unpicklable):
         made: what it was made.
         running: held by the thread that calls the pipe.
         told: what a call has warned of already.
+        baked: what `bake` wrote of the folder that the pipe was loaded from; None where it was accelerated.
+        gate: calls and changes of the UNet wait for each other there.
         cache: what the text encoders made of the last prompts; None where nothing is remembered.
     """
 
@@ -227,6 +229,12 @@ class PipeRecord(_Unpicklable):
     running: Any = dataclasses.field(default_factory=threading.RLock)
     told: set[str] = dataclasses.field(default_factory=set)
     cache: PromptCache | None = None
+    baked: Mapping[str, Any] | None = None
+    gate: Gate = dataclasses.field(default_factory=Gate)
+
+    def __post_init__(self) -> None:
+        if self.modules:
+            self.gate = self.unet.gate
 
     @property
     def unet(self) -> ModuleRecord:
@@ -234,7 +242,7 @@ class PipeRecord(_Unpicklable):
         return self.modules["unet"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipeRecord:
-        names = ("settings", "modules", "found", "made")
+        names = ("settings", "modules", "found", "made", "baked")
         return PipeRecord(self.owner, **{name: deepcopy(getattr(self, name), memo) for name in names})
 
 
@@ -258,7 +266,7 @@ def _adopt(pipe: Any, record: PipeRecord) -> PipeRecord:
     if pipe.scheduler is made.scheduler:
         pipe.scheduler = deepcopy(made.scheduler)
     made = dataclasses.replace(made, scheduler=pipe.scheduler)
-    mine = PipeRecord(weakref.ref(pipe), record.settings, dict(record.modules), record.found, made)
+    mine = PipeRecord(weakref.ref(pipe), record.settings, dict(record.modules), record.found, made, baked=record.baked)
     for module in mine.modules.values():
         module.pipes.add(pipe)
     pipe.__dict__[RECORD] = mine

@@ -167,13 +167,18 @@ def baked_into(pipe: Any) -> Mapping[str, Any] | None:
     for thing in (pipe, getattr(pipe, "unet", None)):
         if source := compat.name_or_path(compat.uncompiled(thing)):
             for folder in (Path(source), Path(source).parent):
-                try:
-                    written = json.loads((folder / BAKED).read_text(encoding="utf-8"))
-                except (OSError, ValueError):
-                    continue
-                if isinstance(written, dict) and "merged" in written:
+                if written := read_baked(folder):
                     return written
     return None
+
+
+def read_baked(folder: Path) -> Mapping[str, Any] | None:
+    """What `bake` wrote into a folder; None where it wrote nothing."""
+    try:
+        written = json.loads((folder / BAKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return written if isinstance(written, dict) and "merged" in written else None
 
 
 def _baked(snapshot: Snapshot) -> str | None:
@@ -215,10 +220,7 @@ def _fused_by_hand(snapshot: Snapshot) -> str | None:
 
 
 def _not_in_memory(snapshot: Snapshot) -> str | None:
-    for component in snapshot.components.values():
-        if component.record is None and (why := not_in_memory(component)):
-            return why
-    return None
+    return None if snapshot.unet.record else not_in_memory(snapshot.unet)
 
 
 def not_in_memory(component: Component) -> str | None:

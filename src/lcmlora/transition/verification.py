@@ -15,7 +15,7 @@ from ..layers import ModuleIndex
 from ..lora.adapters import Adapters
 from ..lora.merge import parameter_of
 from ..warn import warn
-from .records import LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, views
+from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, views
 from .snapshot import Component, not_in_memory
 
 _PROBES = 6
@@ -50,6 +50,8 @@ def examine(component: Component) -> Findings:
     assert record is not None
     if record.spoiled:
         return Findings(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+    if record.content is AS_FOUND:  # nothing was changed, but somebody may have fused a LoRA of their own
+        return Findings(inexact=tuple(sorted(component.adapters.merged)))
     if not_in_memory(component):
         return Findings(
             f"the weights of this pipe's {component.name} were off-loaded since (they are on the meta device or on "
@@ -182,7 +184,7 @@ def why_not_fast(pipe: Any, record: PipeRecord) -> str | None:
             f"pipe.scheduler is {type(pipe.scheduler).__name__}, not {type(record.made.scheduler).__name__}: "
             "lcmlora.accelerate(pipe) puts it back"
         )
-    return _why_lora_is_off(record.unet)
+    return _why_lora_is_off(record.unet) if record.modules else None
 
 
 def _why_lora_is_off(unet: ModuleRecord) -> str | None:
