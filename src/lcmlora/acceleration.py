@@ -35,7 +35,13 @@ from .transition.records import (
 from .transition.snapshot import COMPONENTS, Component, Snapshot
 from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, as_weight, with_styles
 from .transition.transaction import Undo
-from .transition.verification import check_way_back, component_of, warn_of_lost_adapters, why_not_fast
+from .transition.verification import (
+    check_way_back,
+    component_of,
+    require_way_back,
+    warn_of_lost_adapters,
+    why_not_fast,
+)
 from .warn import warn
 
 Pipe = TypeVar("Pipe")
@@ -371,6 +377,8 @@ def _move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collectio
     applied = unet.applied if unet is not None else None
     off = record is not None and why_not_fast(now.pipe, record) is not None
     if record is None or applied is None or off or anew or target != applied.target:
+        if unet is not None and (off or applied is None or target != applied.target):
+            require_way_back(now.unet, "change the LoRAs")
         plan = make_plan(now, target, anew)
     elif settings == record.settings:
         return
@@ -476,14 +484,17 @@ def _pipe_record(
     now: Snapshot, modules: dict[str, ModuleRecord], applied: Applied, settings: PipeSettings, vae: Any
 ) -> PipeRecord:
     pipe, old = now.pipe, now.record
+    here = Shell.of(pipe)
     found = (
-        old.found if old else Shell(calls.plain(type(pipe)), stands_for(pipe.scheduler), getattr(pipe, "vae", None))
+        old.found
+        if old
+        else dataclasses.replace(here, cls=calls.plain(here.cls), scheduler=stands_for(here.scheduler))
     )
     scheduler, wanted = old.made.scheduler if old else None, lcm_scheduler(found.scheduler, applied.base)
     if scheduler is None or scheduler.config != wanted.config:
         scheduler = wanted
         put(scheduler, found.scheduler)
-    made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae)
+    made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae, here.fused)
     record = PipeRecord(weakref.ref(pipe), settings, modules, found, made)
     if settings.cache_prompts:
         same = old is not None and old.settings.cache_prompts == settings.cache_prompts

@@ -95,7 +95,7 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
         pipe = DiffusionPipeline.from_pretrained(str(folder), **load)
     except Exception as error:  # diffusers raises many kinds
         raise PipelineError(f"{folder} can't be loaded as a pipeline: {error}") from error
-    found = Shell(type(pipe), pipe.scheduler, getattr(pipe, "vae", None))
+    found = Shell.of(pipe)
     made = dataclasses.replace(found, cls=calls.governed(found.cls, HOOKS))
     record = PipeRecord(weakref.ref(pipe), PipeSettings(policy), {}, found, made, baked=written)
     transaction.dress(pipe, record, transaction.Undo())

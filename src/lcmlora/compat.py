@@ -10,8 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")
-"""What PEFT, diffusers and transformers set on a model that has adapters."""
+PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded", "_weight_conversions", "lora_scale", "_safe_fusing")
+"""What PEFT, diffusers and transformers set on a model that has adapters, or had one fused."""
+FUSED = "_merged_adapters"
+"""Where a pipeline notes which adapters `fuse_lora` merged."""
 _COMPILED = "_compiled_call_impl"  # where torch.nn.Module.compile puts its result
 _MODULE_STATE = frozenset(nn.Module().__dict__)
 

@@ -45,6 +45,7 @@ class ModuleIndex:
             (motion modules, GLIGEN's fusers, IP-Adapter's processors and projections).
         wrappers: the modules that PEFT has put around others, by the name of what they stand for; one inside another
             has `INSIDE` behind its name.
+        vectors: every other Parameter by its own name: biases, and those of norms.
         joint_projections: the attentions that `fuse_qkv_projections` has given a joint projection.
         gradients: every Parameter and whether it requires gradients.
         on_disk: whether group off-loading keeps weights in a file.
@@ -53,6 +54,7 @@ class ModuleIndex:
     module: nn.Module
     layers: Mapping[str, nn.Module]
     wrappers: Mapping[str, nn.Module]
+    vectors: Mapping[str, nn.Parameter]
     joint_projections: tuple[nn.Module, ...]
     gradients: tuple[tuple[nn.Parameter, bool], ...]
     on_disk: bool
@@ -62,6 +64,7 @@ class ModuleIndex:
         """Walk over a model once."""
         layers: dict[str, nn.Module] = {}
         wrappers: dict[str, nn.Module] = {}
+        vectors: dict[str, nn.Parameter] = {}
         joint: list[nn.Module] = []
         parameters: dict[int, nn.Parameter] = {}
         on_disk = False
@@ -82,12 +85,14 @@ class ModuleIndex:
             if compat.has_fused_projections(inner):
                 joint.append(inner)
             on_disk = on_disk or compat.is_on_disk(inner)
-            parameters.update((id(p), p) for p in compat.own_parameters(inner).values() if p is not None)
             front = name + "." if name else ""
+            own = {child: p for child, p in compat.own_parameters(inner).items() if p is not None}
+            parameters.update((id(p), p) for p in own.values())
+            vectors.update((front + child, p) for child, p in own.items() if name not in layers or child != "weight")
             children = compat.children_of(inner).items()
             waiting += [(front + child, part) for child, part in reversed(children) if part is not None]
         gradients = tuple((p, p.requires_grad) for p in parameters.values())
-        return ModuleIndex(module, layers, wrappers, tuple(joint), gradients, on_disk)
+        return ModuleIndex(module, layers, wrappers, vectors, tuple(joint), gradients, on_disk)
 
     @property
     def own(self) -> dict[str, nn.Module]:

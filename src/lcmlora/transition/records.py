@@ -130,7 +130,7 @@ class ModuleRecord(_Unpicklable):
     Attributes:
         module: the model.
         adapters: what PEFT had in it before.
-        parameters: the weight of each layer as an object, at the first change.
+        parameters: the weight of each layer as an object, at the first change, and every other Parameter.
         originals: the weights that merging changed.
         content: what is in it now.
         samples: a few values of each weight, as the last change left them.
@@ -156,7 +156,7 @@ class ModuleRecord(_Unpicklable):
     @staticmethod
     def of(index: ModuleIndex, adapters: Adapters) -> ModuleRecord:
         """The record of a model that was not changed yet."""
-        parameters = {name: p for name, layer in index.layers.items() if isinstance(p := layer.weight, nn.Parameter)}
+        parameters = parameters_of(index)
         record = ModuleRecord(index.module, adapters, parameters, Originals(None))
         record.samples = sampled(parameters)
         return record
@@ -202,6 +202,12 @@ class Shell:
     cls: type
     scheduler: Any
     vae: Any
+    fused: Any
+
+    @staticmethod
+    def of(pipe: Any) -> Shell:
+        """What it is now."""
+        return Shell(type(pipe), pipe.scheduler, getattr(pipe, "vae", None), getattr(pipe, compat.FUSED, None))
 
 
 @dataclasses.dataclass(eq=False)
@@ -286,6 +292,12 @@ def put(thing: Any, record: Any) -> None:
         thing.__dict__[RECORD] = record
 
 
+def parameters_of(index: ModuleIndex) -> dict[str, nn.Parameter]:
+    """A model's weights by their layers' names, and its other Parameters by their own."""
+    weights = {name: getattr(layer, "weight", None) for name, layer in index.layers.items()}
+    return {**{n: p for n, p in weights.items() if isinstance(p, nn.Parameter)}, **index.vectors}
+
+
 def sampled(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """A few values of each weight, by logical place: they stay the same in another memory layout."""
     return {name: view.clone() for name, view in views(parameters).items()}
@@ -295,9 +307,12 @@ def views(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The places that `sampled` looks at, on a diagonal, without copying. Weights of unknown kinds have none."""
     found = {}
     for name, parameter in parameters.items():
-        if type(parameter) is not nn.Parameter or parameter.ndim < 2 or parameter.device.type == "meta":
+        if type(parameter) is not nn.Parameter or parameter.device.type == "meta" or not parameter.numel():
             continue
         weight = parameter.detach()
+        if weight.ndim < 2:
+            found[name] = weight.flatten()[:_SAMPLES]
+            continue
         count = min(_SAMPLES, *weight.shape[:2])
         step = sum(weight.stride(d) * (weight.shape[d] // count) for d in (0, 1))
         middle = sum(weight.stride(d) * (weight.shape[d] // 2) for d in range(2, weight.ndim))

@@ -10,6 +10,7 @@ import torch
 
 from .. import compat, compiling
 from ..errors import LoraFileError
+from ..layers import ModuleIndex
 from ..lora import adapters
 from ..lora.merge import FileLora, check_finite, contributions, merge, parameter_of
 from ..lora.originals import Originals
@@ -89,7 +90,7 @@ def change(record: ModuleRecord, component: Component, content: Content, keep: A
     elif content.touched:
         if old.merged:
             record.adapters.restore()
-        _put_adapters(component, old, content)
+        _put_adapters(record, component, old, content)
     else:
         record.adapters.restore()
     if not content.merged:
@@ -101,16 +102,25 @@ def _added(component: Component, content: Content) -> Mapping[str, Mapping[str, 
     return contributions(component.index.layers, content.loras, content.weights)
 
 
-def _put_adapters(component: Component, old: Content, content: Content) -> None:
+def _put_adapters(record: ModuleRecord, component: Component, old: Content, content: Content) -> None:
     """Have the content's LoRAs as PEFT adapters."""
-    index = type(component.index).of(component.module)
-    before = {} if old.merged else {n: x for n, x in old.loras.items() if isinstance(x, FileLora)}
+    if set(content.weights) & record.adapters.names - component.adapters.names:  # deleted meanwhile
+        record.adapters.restore()
+    index = ModuleIndex.of(component.module)
+    before = {} if old.merged else {n: x for n, x in old.loras.items() if isinstance(x, FileLora) and _in(index, n, x)}
     wanted = {name: lora for name, lora in content.loras.items() if isinstance(lora, FileLora)}
     adapters.delete(index, {name for name, lora in before.items() if wanted.get(name) != lora})
     for name, lora in wanted.items():
         if before.get(name) != lora:
             adapters.inject(component.module, name, lora)
-    adapters.activate(type(component.index).of(component.module), content.loras, content.weights)
+    adapters.activate(ModuleIndex.of(component.module), content.loras, content.weights)
+
+
+def _in(index: ModuleIndex, name: str, lora: FileLora) -> bool:
+    """Whether a LoRA is still the adapter that it was made, in every layer."""
+    return all(name in compat.adapters_in(index.wrappers[x]) for x in lora.layers if x in index.wrappers) and (
+        lora.layers <= index.wrappers.keys()
+    )
 
 
 def settle(record: ModuleRecord, component: Component, content: Content) -> None:
@@ -186,7 +196,7 @@ def compile_as(record: ModuleRecord, how: compiling.Compile, undo: Undo) -> None
 def dress(pipe: Any, record: PipeRecord, undo: Undo) -> None:
     """Give a pipe its scheduler, VAE, class and record."""
     undo.push(put, pipe, pipe_record_of(pipe))
-    undo.push(_be, pipe, Shell(type(pipe), pipe.scheduler, getattr(pipe, "vae", None)))
+    undo.push(_be, pipe, Shell.of(pipe))
     _be(pipe, record.made)
     put(pipe, record)
 
@@ -198,6 +208,8 @@ def _be(pipe: Any, shell: Shell) -> None:
         pipe.vae = shell.vae
     if type(pipe) is not shell.cls:
         pipe.__class__ = shell.cls
+    if getattr(pipe, compat.FUSED, None) != shell.fused:  # somebody fused LoRAs of which nothing is left
+        setattr(pipe, compat.FUSED, shell.fused)
 
 
 def undress(pipe: Any, record: PipeRecord) -> None:

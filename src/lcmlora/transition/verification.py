@@ -15,7 +15,7 @@ from ..layers import ModuleIndex
 from ..lora.adapters import Adapters
 from ..lora.merge import parameter_of
 from ..warn import warn
-from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, views
+from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, parameters_of, views
 from .snapshot import Component, not_in_memory
 
 _PROBES = 6
@@ -59,11 +59,11 @@ def examine(component: Component) -> Findings:
         )
     if why := record.originals.why_unreadable():
         return Findings(f"{why}, so the originals are not there any more.")
-    here = {name: getattr(layer, "weight", None) for name, layer in component.index.layers.items()}
+    here = parameters_of(component.index)
     moved, lost, real = [], [], {}
     for name, old in record.parameters.items():
         now = here.get(name)
-        if type(now) is not type(old) or now.shape != old.shape:
+        if now is None or type(now) is not type(old) or now.shape != old.shape:
             lost.append(name)
             continue
         real[name] = now
@@ -94,8 +94,8 @@ def _changed(record: ModuleRecord, parameters: dict[str, nn.Parameter]) -> set[s
     return {name for name, view in now.items() if not torch.equal(view, left[name])}
 
 
-def check_way_back(component: Component, purpose: str, force: bool = False) -> str | None:
-    """Refuse where a model can't be brought back exactly, warn where somebody's change is undone.
+def require_way_back(component: Component, purpose: str, force: bool = False) -> tuple[Findings, str | None]:
+    """Refuse where a model can't be brought back exactly.
 
     Args:
         component: a changed model as it is now.
@@ -103,7 +103,7 @@ def check_way_back(component: Component, purpose: str, force: bool = False) -> s
         force: go on where the way back is not exact.
 
     Returns:
-        With `force`, what can't be given back, in words.
+        What was found and, with `force`, what can't be given back, in words.
 
     Raises:
         PipelineError: there is no way back, or not an exact one.
@@ -115,20 +115,26 @@ def check_way_back(component: Component, purpose: str, force: bool = False) -> s
     left = found.why_not or _in_words(component, found)
     if left and not force:
         first = (
-            "call pipe.unfuse_lora() first. If the weights still differ then, " if component.adapters.merged else ""
+            "Call pipe.unfuse_lora() first. If the weights still differ then, " if component.adapters.merged else ""
         )
         raise PipelineError(
             f"lcmlora can't {purpose} exactly: {left} {first}lcmlora.restore(pipe, force=True) gives back what it can."
         )
+    return found, left
+
+
+def check_way_back(component: Component, purpose: str, force: bool = False) -> str | None:
+    """The same just before the change: warns where somebody's change is undone, and takes note of new Parameters."""
+    found, left = require_way_back(component, purpose, force)
+    record, here = component.record, parameters_of(component.index)
+    assert record is not None
     for name in found.moved:
-        new = component.index.layers[name].weight
-        assert isinstance(new, nn.Parameter)
-        record.originals.rebind(record.parameters[name], new)
-        record.parameters[name] = new
+        record.originals.rebind(record.parameters[name], here[name])
+        record.parameters[name] = here[name]
     record.originals.leave_out(record.parameters[name] for name in found.inexact)
-    if found.moved:
+    if ours := [name for name in found.moved if record.originals.holds(here[name])]:
         warn(
-            f"{_some(found.moved)} of the {component.name} have other Parameter objects than accelerate found: their "
+            f"{_some(ours)} of the {component.name} have other Parameter objects than accelerate found: their "
             "values come back, the objects don't."
         )
     if found.undone:
@@ -200,11 +206,19 @@ def _why_lora_is_off(unet: ModuleRecord) -> str | None:
         }
     except AttributeError:
         return "layers of the UNet were replaced since accelerate"
+    if any(compat.is_on_disk(part) for layer in probed for part in _path(unet.module, layer)):
+        return None  # the memory says nothing
     if not content.merged:
         return _why_adapter_is_off(unet, applied.target.adapter_name, probed)
     if _changed(unet, {layer: parameter_of(compat.wrapped(module)) for layer, module in probed.items()}):
         return "weights were changed since accelerate (load_state_dict, fuse_lora, ...), so the LCM-LoRA may be gone"
     return None
+
+
+def _path(module: nn.Module, name: str) -> Iterable[nn.Module]:
+    """A module and those around it."""
+    parts = name.split(".")
+    return (module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
 
 
 def _why_adapter_is_off(unet: ModuleRecord, name: str, tuners: dict[str, Any]) -> str | None:
