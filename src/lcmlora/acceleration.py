@@ -366,7 +366,8 @@ def _require_originals(record: ModuleRecord, purpose: str) -> None:
 
 def _given_sources(styles: Any) -> set[str]:
     """The styles that a call gives a source for, and not a weight."""
-    return {name for name, wanted in (styles or {}).items() if as_weight(wanted) is None}
+    given = styles.items() if isinstance(styles, Mapping) else ()
+    return {name for name, wanted in given if as_weight(wanted) is None}
 
 
 def _move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection[str]) -> None:

@@ -15,6 +15,8 @@ Each refusal comes before anything was changed.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LcmLoraError(Exception):
     """The root: `except LcmLoraError` catches every refusal of this library."""
@@ -42,6 +44,12 @@ class CallError(LcmLoraError, ValueError):
 
 class DataError(LcmLoraError):
     """Pictures, captions or settings that `distill` can't train on."""
+
+
+def brief(value: Any) -> str:
+    """A value as a sentence can name it: a module's own repr has hundreds of lines."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 class LcmLoraWarning(UserWarning):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .base import Base
 from .compat import execution_device
-from .errors import BaseModelError, PipelineError
+from .errors import BaseModelError, PipelineError, brief
 from .lora.sources import HubOptions
 
 Vae = str | Path | nn.Module | None
@@ -33,22 +33,22 @@ def load(pipe: Any, own: Any, base: Base | None, vae: Vae, hub: HubOptions) -> n
         return None
     if not isinstance(own, nn.Module):
         raise PipelineError(
-            f"vae={_brief(vae)}: this {type(pipe).__name__} has no VAE that another could stand in for."
+            f"vae={brief(vae)}: this {type(pipe).__name__} has no VAE that another could stand in for."
         )
     if isinstance(vae, nn.Module):
         made = vae
     elif not isinstance(vae, str | Path):
-        raise PipelineError(f"vae={_brief(vae)}: 'tiny', 'fp16-fix', a repository, a folder or a module is expected.")
+        raise PipelineError(f"vae={brief(vae)}: 'tiny', 'fp16-fix', a repository, a folder or a module is expected.")
     else:
         made = _from_pretrained(_source(base, vae), hub)
         # not where an off-loaded VAE waits, but where it is used: no hook will move this one
         made.to(execution_device(pipe), next(own.parameters()).dtype).requires_grad_(False).eval()
     if not hasattr(made, "decode") or not hasattr(made, "config"):
-        raise PipelineError(f"vae={_brief(vae)} is no VAE: 'tiny', 'fp16-fix', a repository, a folder or a module is.")
+        raise PipelineError(f"vae={brief(vae)} is no VAE: 'tiny', 'fp16-fix', a repository, a folder or a module is.")
     theirs, ours = _latents(own), _latents(made)
     if theirs != ours:
         raise PipelineError(
-            f"vae={_brief(vae)} makes latents of {ours[0]} channels, {ours[1]} times smaller than the picture; this "
+            f"vae={brief(vae)} makes latents of {ours[0]} channels, {ours[1]} times smaller than the picture; this "
             f"pipe's have {theirs[0]} and are {theirs[1]} times smaller. 'tiny' finds the one that fits."
         )
     return made
@@ -77,10 +77,6 @@ def _from_pretrained(source: str | Path, hub: HubOptions) -> nn.Module:
         ) from error
     assert isinstance(vae, nn.Module)
     return vae
-
-
-def _brief(vae: Vae) -> str:
-    return f"a {type(vae).__name__}" if isinstance(vae, nn.Module) else repr(vae)
 
 
 def _latents(vae: nn.Module) -> tuple[int | None, int]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from .. import vae as vaes
 from ..calls import Policy
 from ..compiling import Compile
-from ..errors import LoraFileError, PipelineError
+from ..errors import LoraFileError, PipelineError, brief
 from ..lora.merge import Weight
 from ..lora.originals import KEEPS, Keep
 from ..lora.sources import Given, HubOptions, Source, not_a_source
@@ -111,15 +111,15 @@ class Target:
             PipelineError, LoraFileError: naming the argument.
         """
         if not isinstance(self.base, str):
-            raise PipelineError(f"base={_brief(self.base)}: 'auto' or the name of a base is expected.")
+            raise PipelineError(f"base={brief(self.base)}: 'auto' or the name of a base is expected.")
         if self.fuse not in ("auto", True, False):
-            raise PipelineError(f"fuse={_brief(self.fuse)}: 'auto', True or False is expected.")
+            raise PipelineError(f"fuse={brief(self.fuse)}: 'auto', True or False is expected.")
         if self.keep not in KEEPS:
-            raise PipelineError(f"keep={_brief(self.keep)}: 'memory', 'disk', 'source' or None is expected.")
+            raise PipelineError(f"keep={brief(self.keep)}: 'memory', 'disk', 'source' or None is expected.")
         if self.compile not in (True, False, "regional", "whole"):
-            raise PipelineError(f"compile={_brief(self.compile)}: False, True, 'regional' or 'whole' is expected.")
+            raise PipelineError(f"compile={brief(self.compile)}: False, True, 'regional' or 'whole' is expected.")
         if not is_adapter_name(self.adapter_name):
-            raise PipelineError(f"adapter_name={_brief(self.adapter_name)}: a name without a dot is expected.")
+            raise PipelineError(f"adapter_name={brief(self.adapter_name)}: a name without a dot is expected.")
         if self.weight is not None:
             check_weight("the LCM-LoRA", self.weight)
 
@@ -140,7 +140,7 @@ class PipeSettings:
         """
         count = self.cache_prompts
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise PipelineError(f"cache_prompts={_brief(count)}: a number of prompts is expected, 0 for none.")
+            raise PipelineError(f"cache_prompts={brief(count)}: a number of prompts is expected, 0 for none.")
         if count and not hasattr(type(pipe), "encode_prompt"):
             raise PipelineError(f"cache_prompts={count}: {type(pipe).__name__} has no encode_prompt to ask.")
 
@@ -160,7 +160,7 @@ def with_styles(target: Target, styles: Any, known: Mapping[str, Source | None],
     """
     if not isinstance(styles, Mapping):
         raise PipelineError(
-            f"styles={_brief(styles)}: a dict is expected, of names and sources, such as "
+            f"styles={brief(styles)}: a dict is expected, of names and sources, such as "
             '{"ink": lcmlora.Style("ink.safetensors", 0.8)}.'
         )
     weights: dict[str, Weight] = dict(kept)
@@ -178,7 +178,7 @@ def with_styles(target: Target, styles: Any, known: Mapping[str, Source | None],
             continue
         if known.get(name, UNSET) is None or name == target.adapter_name or not is_adapter_name(name):
             raise PipelineError(
-                f"style name {_brief(name)} can't be used: taken already, reserved, empty, or with a dot in it."
+                f"style name {brief(name)} can't be used: taken already, reserved, empty, or with a dot in it."
             )
         style = Style.of(wanted)
         check_weight(f"style {name!r}", style.weight)
@@ -209,10 +209,4 @@ def check_weight(what: str, weight: Any) -> None:
     """
     number = as_weight(weight)
     if number is None or not math.isfinite(number) or not abs(number) < 100:
-        raise LoraFileError(f"{what}: weight {_brief(weight)} is no number between -100 and 100; 1 is as trained.")
-
-
-def _brief(value: Any) -> str:
-    """A value in a sentence: a module's own repr has hundreds of lines."""
-    text = repr(value)
-    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+        raise LoraFileError(f"{what}: weight {brief(weight)} is no number between -100 and 100; 1 is as trained.")

@@ -13,7 +13,7 @@ from .. import compat
 from ..errors import PipelineError
 from ..layers import ModuleIndex
 from ..lora.adapters import Adapters
-from ..lora.merge import parameter_of
+from ..lora.merge import FileLora, parameter_of
 from ..warn import warn
 from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, parameters_of, views
 from .snapshot import Component, not_in_memory
@@ -166,8 +166,8 @@ def warn_of_lost_adapters(component: Component) -> None:
     assert record is not None
     if record.content is UNKNOWN:  # a way back was interrupted: what is there is ours
         return
-    found, now = record.adapters.names, component.adapters.names
-    if late := now - found - set(record.content.loras):
+    found, now, loras = record.adapters.names, component.adapters.names, record.content.loras
+    if late := {n for n in now.union(loras) - found if not isinstance(loras.get(n), FileLora)}:
         warn(
             f"restore removes {sorted(late)}, loaded while the pipe was accelerated. set_styles, or loading before "
             "accelerate, keeps LoRAs."
