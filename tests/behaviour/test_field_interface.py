@@ -229,22 +229,13 @@ def test_E5_a_vae_that_is_none_is_told_briefly(part, files):
     assert len(str(told.value)) < 300
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"keep": pytest},
-        {"fuse": torch.nn.Linear(9, 9)},
-        {"compile": "all"},
-        {"base": 5},
-        {"cache_prompts": "9"},
-        {"adapter_name": "a.b"},
-        {"steps": "4"},
-        {"guidance": "high"},
-        {"weight": {"unet": 1}},
-        {"weight": float("nan")},
-    ],
-    ids=str,
-)
+ODD_VALUES = [
+    *({"keep": pytest}, {"fuse": torch.nn.Linear(9, 9)}, {"compile": "all"}, {"base": 5}, {"cache_prompts": "9"}),
+    *({"adapter_name": "a.b"}, {"steps": "4"}, {"guidance": "high"}, {"weight": {"unet": 1}}, {"weight": torch.nan}),
+]
+
+
+@pytest.mark.parametrize("said", ODD_VALUES, ids=str)
 def test_E5_other_values_are_told_in_one_sentence(said, files):
     pipe = sd_pipe()
     before = snapshot(pipe)
