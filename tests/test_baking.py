@@ -62,7 +62,7 @@ def test_refusals_write_nothing(lcm_file, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
-    with pytest.raises(lcmlora.PipelineError, match="overwrite=True"):
+    with pytest.raises(lcmlora.PipelineError, match="is no checkpoint"):
         lcmlora.bake(pipe, full)
     assert [file.name for file in full.iterdir()] == ["mine.txt"]
     lcmlora.bake(pipe, full, overwrite=True)

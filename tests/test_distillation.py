@@ -220,7 +220,7 @@ def test_nan_stops_the_run_and_gives_the_pipe_back(pictures, tmp_path):
         pipe.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(lcmlora.LcmLoraError, match="the loss is nan at step 0"):
         lcmlora.distill(pipe, pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG), progress=False)
-    assert not lcmlora.lora.adapters.tuner_layers(pipe.unet)
+    assert not lcmlora.layers.ModuleIndex.of(pipe.unet).wrappers
 
 
 def test_the_file_says_how_it_was_made(pictures, tmp_path):

@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-from . import calls
 from . import vae as vaes
-from .calling import HOOKS
 from .compat import uncompiled
 from .compiling import Compile
 from .errors import PipelineError
 from .lora.originals import Keep
 from .lora.sources import Given, HubOptions, Source
-from .prompts import PromptCache
+from .moving import move, require_originals
 from .transition import transaction
-from .transition.plan import Plan, lcm_scheduler, make_plan
 from .transition.records import (
-    LOST,
-    Applied,
     Content,
     ModuleRecord,
     PipeRecord,
-    Shell,
     lock,
     module_record_of,
     pipe_record_of,
-    put,
-    stands_for,
 )
-from .transition.snapshot import COMPONENTS, Component, Snapshot
+from .transition.snapshot import COMPONENTS, Snapshot
 from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, as_weight, with_styles
 from .transition.transaction import Undo
 from .transition.verification import (
     check_way_back,
     component_of,
-    require_way_back,
     warn_of_lost_adapters,
-    why_not_fast,
 )
 from .warn import warn
 
@@ -122,7 +111,7 @@ def accelerate(
         not there, not safetensors, damaged, or no LoRA. LoraMismatchError: a LoRA is made for another UNet.
         CallError: steps or guidance are outside what works.
     """
-    hub = HubOptions(cache_dir, token, local_files_only)
+    hub = HubOptions(cache_dir, token, local_files_only) if cache_dir or token or local_files_only else UNSET
     source = (
         UNSET
         if lora is UNSET and not (weight_name or subfolder or revision)
@@ -135,7 +124,7 @@ def accelerate(
     with _alone(pipe):
         now = Snapshot.of(pipe)
         before = _target(now)
-        target = dataclasses.replace(before, hub=hub, **_said({**weights, "adapter_name": adapter_name}))
+        target = dataclasses.replace(before, **_said({**weights, "adapter_name": adapter_name, "hub": hub}))
         target.check()
         anew = set() if source is UNSET else {target.adapter_name}
         if styles is not UNSET:
@@ -149,7 +138,7 @@ def accelerate(
         said = dataclasses.replace(old.policy, **_said(policy))
         settings = dataclasses.replace(old, policy=said, **_said(shell))
         settings.check(pipe)
-        _move(now, target, settings, anew)
+        move(now, target, settings, anew)
     return pipe
 
 
@@ -179,7 +168,7 @@ def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
             raise PipelineError("set_styles changes an accelerated pipe; lcmlora.accelerate(pipe, styles=...) first.")
         now = Snapshot.of(pipe)
         target = with_styles(_target(now), styles, _known(now), {})
-        _move(now, target, record.settings, _given_sources(styles))
+        move(now, target, record.settings, _given_sources(styles))
     return pipe
 
 
@@ -208,7 +197,7 @@ def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
             if module_record_of(module.module) is module and not any(p is not pipe for p in module.pipes)
         }
         for name, component in last.items():
-            _require_originals(modules[name], "restore the weights")
+            require_originals(modules[name], "restore the weights")
             if left := check_way_back(component, "restore the weights", force):
                 warn(f"restore(force=True) gave back what it could; {left}")
             warn_of_lost_adapters(component)
@@ -283,10 +272,11 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
         try:
             yield pipe
         finally:
-            with _alone(pipe):
-                now = Snapshot.of(pipe)
-                target = dataclasses.replace(_target(now), styles=applied.target.styles)
-                _move(now, target, record.settings, ())
+            if (now_record := pipe_record_of(pipe)) is not None:  # not restored in the block
+                with _alone(pipe):
+                    now = Snapshot.of(pipe)
+                    target = dataclasses.replace(_target(now), styles=applied.target.styles)
+                    move(now, target, now_record.settings, ())
 
 
 @contextmanager
@@ -332,8 +322,8 @@ def _said(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _target(now: Snapshot) -> Target:
     """What the pipe's UNet is made to be; on a plain one, the default beside what is active."""
-    applied = now.unet.record.applied if now.unet.record else None
-    return applied.target if applied else Target(styles=dict.fromkeys(_found(now)))
+    unet = now.unet.record or (now.record.modules.get("unet") if now.record else None)  # where the UNet was replaced
+    return unet.applied.target if unet and unet.applied else Target(styles=dict.fromkeys(_found(now)))
 
 
 def _found(now: Snapshot) -> list[str]:
@@ -354,150 +344,7 @@ def _known(now: Snapshot) -> dict[str, Source | None]:
     return {**dict.fromkeys([*names, *_late(now)]), **(applied.target.sources if applied else {})}
 
 
-def _require_originals(record: ModuleRecord, purpose: str) -> None:
-    if record.spoiled:
-        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
-    if record.content.merged and record.originals.keep is None:
-        raise PipelineError(
-            f"the LoRAs were merged with keep=None, so the originals are gone and lcmlora can't {purpose}: load the "
-            "pipe anew with from_pretrained. accelerate(pipe, keep='memory') or keep='disk' makes it possible."
-        )
-
-
 def _given_sources(styles: Any) -> set[str]:
     """The styles that a call gives a source for, and not a weight."""
     given = styles.items() if isinstance(styles, Mapping) else ()
     return {name for name, wanted in given if as_weight(wanted) is None}
-
-
-def _move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection[str]) -> None:
-    """The transition: bring a pipe and its models to what they shall be, all or nothing."""
-    record, unet = now.record, now.unet.record
-    if unet is not None and unet.spoiled:
-        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
-    applied = unet.applied if unet is not None else None
-    off = record is not None and why_not_fast(now.pipe, record) is not None
-    if record is None or applied is None or off or anew or target != applied.target:
-        if unet is not None and (off or applied is None or target != applied.target):
-            require_way_back(now.unet, "change the LoRAs")
-        plan = make_plan(now, target, anew)
-    elif settings == record.settings:
-        return
-    else:
-        plan = Plan(applied, {})
-    vae = _vae(now, plan.applied, settings)
-    changes = _changes(now, plan, off)
-    gone = _left_behind(now)
-    for component in gone:
-        check_way_back(component, "give the replaced model back")
-    with Undo() as undo:
-        modules = {name: transaction.record_for(component, undo) for name, component in now.components.items()}
-        for name, content in changes.items():
-            transaction.change(modules[name], now.components[name], content, target.keep, undo)
-        transaction.compile_as(modules["unet"], target.compile, undo)
-        undo.push(setattr, modules["unet"], "applied", modules["unet"].applied)
-        modules["unet"].applied = plan.applied
-        mine = _pipe_record(now, modules, plan.applied, settings, vae)
-        for module in modules.values():
-            undo.push(_give_up, module, now.pipe, now.pipe in module.pipes)
-            module.pipes.add(now.pipe)
-        transaction.dress(now.pipe, mine, undo)
-    for component in gone:
-        transaction.give_back(component)
-
-
-def _changes(now: Snapshot, plan: Plan, off: bool) -> dict[str, Content]:
-    """The components that have to change, all of which can be changed.
-
-    Raises:
-        PipelineError: originals are missing, another pipe relies on what is there, or the way back is not exact.
-    """
-    changes = {}
-    for name, content in plan.contents.items():
-        component = now.components[name]
-        record = component.record
-        if record is None:
-            if content.touched:
-                changes[name] = content
-            continue
-        keep = plan.applied.target.keep
-        same = record.content == content and not (content.merged and record.originals.keep != keep)
-        if (same and not (off and name == "unet")) or _stays_for_others(now, name, record, content):
-            continue
-        _require_originals(record, "change what is merged")
-        check_way_back(component, "change the LoRAs")
-        changes[name] = content
-    return changes
-
-
-def _stays_for_others(now: Snapshot, name: str, record: ModuleRecord, content: Content) -> bool:
-    """Whether a text encoder is left as it is for pipes with another UNet that rely on it.
-
-    Raises:
-        PipelineError: they rely on other styles in it.
-    """
-    others = [other for other in record.pipes if other is not now.pipe and _relies(other, name, record, now)]
-    if not others or name == "unet":
-        return False
-    there = f"styles {sorted(record.content.weights)}" if record.content.weights else "no styles"
-    words = f"pipe.{name} is shared with another accelerated pipe, which has {there} in it"
-    if content.touched or now.record is not None:
-        raise PipelineError(
-            f"{words}: give both the same styles, or this one a text encoder of its own "
-            f"(pipe.{name} = copy.deepcopy(pipe.{name}) before accelerate)."
-        )
-    warn(f"{words}: they count in this pipe too. copy.deepcopy(pipe.{name}) before accelerate keeps them apart.")
-    return True
-
-
-def _relies(other: Any, name: str, record: ModuleRecord, now: Snapshot) -> bool:
-    theirs = pipe_record_of(other)
-    return theirs is not None and theirs.modules.get(name) is record and theirs.unet is not now.unet.record
-
-
-def _left_behind(now: Snapshot) -> list[Component]:
-    """Models that were accelerated, that the pipe no longer has, and that no other pipe relies on."""
-    here = [component.module for component in now.components.values()]
-    return [
-        component_of(name, module)
-        for name, module in (now.record.modules if now.record else {}).items()
-        if not any(module.is_on(model) for model in here)
-        and module_record_of(module.module) is module
-        and not any(pipe is not now.pipe for pipe in module.pipes)
-    ]
-
-
-def _give_up(module: ModuleRecord, pipe: Any, relied: bool) -> None:
-    if not relied:
-        module.pipes.discard(pipe)
-
-
-def _vae(now: Snapshot, applied: Applied, settings: PipeSettings) -> Any:
-    """The VAE that the pipe gets."""
-    record = now.record
-    own = record.found.vae if record else getattr(now.pipe, "vae", None)
-    if record is not None and settings.vae == record.settings.vae:
-        return record.made.vae
-    return vaes.load(now.pipe, own, applied.base, settings.vae, applied.target.hub) or own
-
-
-def _pipe_record(
-    now: Snapshot, modules: dict[str, ModuleRecord], applied: Applied, settings: PipeSettings, vae: Any
-) -> PipeRecord:
-    pipe, old = now.pipe, now.record
-    here = Shell.of(pipe)
-    found = (
-        old.found
-        if old
-        else dataclasses.replace(here, cls=calls.plain(here.cls), scheduler=stands_for(here.scheduler))
-    )
-    scheduler, wanted = old.made.scheduler if old else None, lcm_scheduler(found.scheduler, applied.base)
-    if scheduler is None or scheduler.config != wanted.config:
-        scheduler = wanted
-        put(scheduler, found.scheduler)
-    made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae, here.fused)
-    record = PipeRecord(weakref.ref(pipe), settings, modules, found, made)
-    if settings.cache_prompts:
-        same = old is not None and old.settings.cache_prompts == settings.cache_prompts
-        record.cache = old.cache if same and old is not None else PromptCache(settings.cache_prompts)
-    return record

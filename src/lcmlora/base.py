@@ -198,7 +198,7 @@ def check_named(name: str, structure: Structure, motion: bool) -> Base:
     found = find_base(structure)
     other = f"{found.title} (base={found.name!r})" if found else f"another. {unknown(structure)}"
     if found is not None and named.motion and not motion:
-        other = f"{found.title} without motion modules"
+        other += ", without motion modules"
     raise BaseModelError(
         f"base={name!r} was given, {named.title}, but the pipe's UNet is {other}. base='auto' finds it by itself."
     )

@@ -145,8 +145,8 @@ def _go_back(record: ModuleRecord, component: Component, old: Content, originals
     if record.originals.lost and record.content is not old:
         record.spoiled = True
         put(record.module, record)
-        warn(f"accelerate(keep=None) was stopped in the middle: {LOST}")
         component.adapters.restore()
+        warn(f"accelerate(keep=None) was stopped in the middle: {LOST}")
         return
     if record.originals is not originals:
         record.originals.put_all_back()

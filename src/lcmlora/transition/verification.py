@@ -131,7 +131,6 @@ def check_way_back(component: Component, purpose: str, force: bool = False) -> s
     for name in found.moved:
         record.originals.rebind(record.parameters[name], here[name])
         record.parameters[name] = here[name]
-    record.originals.leave_out(record.parameters[name] for name in found.inexact)
     if ours := [name for name in found.moved if record.originals.holds(here[name])]:
         warn(
             f"{_some(ours)} of the {component.name} have other Parameter objects than accelerate found: their "
@@ -142,6 +141,7 @@ def check_way_back(component: Component, purpose: str, force: bool = False) -> s
             f"the weights of {_some(found.undone)} of the {component.name} were changed while the pipe was "
             "accelerated (fuse_lora, load_state_dict, ...): that change is undone now."
         )
+    record.originals.leave_out(record.parameters[name] for name in found.inexact)
     return left
 
 
@@ -190,10 +190,11 @@ def why_not_fast(pipe: Any, record: PipeRecord) -> str | None:
             f"pipe.scheduler is {type(pipe.scheduler).__name__}, not {type(record.made.scheduler).__name__}: "
             "lcmlora.accelerate(pipe) puts it back"
         )
-    return _why_lora_is_off(record.unet) if record.modules else None
+    return why_lora_is_off(record.unet) if record.modules else None
 
 
-def _why_lora_is_off(unet: ModuleRecord) -> str | None:
+def why_lora_is_off(unet: ModuleRecord) -> str | None:
+    """What keeps the LCM-LoRA from working in a UNet, in words; None where nothing does."""
     applied, content = unet.applied, unet.content
     if content is UNKNOWN:
         return "a change of its LoRAs was stopped in the middle: lcmlora.accelerate(pipe) finishes it"

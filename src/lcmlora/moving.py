@@ -1,0 +1,206 @@
+"""One transition: a pipe and its models are brought from what they are to what they shall be."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Collection
+from typing import Any
+
+from . import calls
+from . import vae as vaes
+from .calling import HOOKS
+from .errors import LcmLoraError, PipelineError
+from .prompts import PromptCache
+from .transition import transaction
+from .transition.plan import Plan, lcm_scheduler, make_plan
+from .transition.records import (
+    LOST,
+    Applied,
+    Content,
+    ModuleRecord,
+    PipeRecord,
+    Shell,
+    module_record_of,
+    pipe_record_of,
+    put,
+    stands_for,
+)
+from .transition.snapshot import Component, Snapshot
+from .transition.target import PipeSettings, Target
+from .transition.transaction import Undo
+from .transition.verification import (
+    check_way_back,
+    component_of,
+    require_way_back,
+    why_lora_is_off,
+    why_not_fast,
+)
+from .warn import warn
+
+
+def move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection[str]) -> None:
+    """Bring a pipe and its models to what they shall be, all or nothing.
+
+    Args:
+        now: the pipe as it is.
+        target: what its models shall be.
+        settings: what else it shall be.
+        anew: the names of the LoRAs whose sources were given just now.
+
+    Raises:
+        PipelineError, BaseModelError, LoraFileError, LoraMismatchError: see `lcmlora.accelerate`.
+    """
+    record, unet = now.record, now.unet.record
+    if unet is not None and unet.spoiled:
+        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+    applied = unet.applied if unet is not None else None
+    off = unet is not None and why_lora_is_off(unet) is not None
+    if record is None or applied is None or off or anew or target != applied.target:
+        plan = _plan(now, target, anew)
+    elif settings == record.settings and why_not_fast(now.pipe, record) is None:
+        return
+    else:
+        plan = Plan(applied, {})
+    vae = _vae(now, plan.applied, settings)
+    changes = _changes(now, plan, off)
+    gone = _left_behind(now)
+    for component in gone:
+        check_way_back(component, "give the replaced model back")
+    with Undo() as undo:
+        modules = {name: transaction.record_for(component, undo) for name, component in now.components.items()}
+        for name, content in changes.items():
+            transaction.change(modules[name], now.components[name], content, target.keep, undo)
+        transaction.compile_as(modules["unet"], target.compile, undo)
+        undo.push(setattr, modules["unet"], "applied", modules["unet"].applied)
+        modules["unet"].applied = plan.applied
+        mine = _pipe_record(now, modules, plan.applied, settings, vae)
+        for module in modules.values():
+            undo.push(_give_up, module, now.pipe, now.pipe in module.pipes)
+            module.pipes.add(now.pipe)
+        transaction.dress(now.pipe, mine, undo)
+    for component in gone:
+        transaction.give_back(component)
+
+
+def _plan(now: Snapshot, target: Target, anew: Collection[str]) -> Plan:
+    try:
+        return make_plan(now, target, anew)
+    except LcmLoraError:
+        if now.unet.record is not None:  # what somebody did to the UNet meanwhile is the truer reason
+            require_way_back(now.unet, "change the LoRAs")
+        raise
+
+
+def require_originals(record: ModuleRecord, purpose: str) -> None:
+    """Refuse what needs originals that were not kept.
+
+    Raises:
+        PipelineError: `purpose` needs them.
+    """
+    if record.spoiled:
+        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+    if record.content.merged and record.originals.keep is None:
+        raise PipelineError(
+            f"the LoRAs were merged with keep=None, so the originals are gone and lcmlora can't {purpose}: load the "
+            "pipe anew with from_pretrained. accelerate(pipe, keep='memory') or keep='disk' makes it possible."
+        )
+
+
+def _changes(now: Snapshot, plan: Plan, off: bool) -> dict[str, Content]:
+    """The components that have to change, all of which can be changed.
+
+    Raises:
+        PipelineError: originals are missing, another pipe relies on what is there, or the way back is not exact.
+    """
+    changes = {}
+    for name, content in plan.contents.items():
+        component = now.components[name]
+        record = component.record
+        if record is None:
+            if content.touched:
+                changes[name] = content
+            continue
+        keep = plan.applied.target.keep
+        same = record.content == content and not (content.merged and record.originals.keep != keep)
+        if (same and not (off and name == "unet")) or _stays_for_others(now, name, record, content):
+            continue
+        require_originals(record, "change what is merged")
+        check_way_back(component, "change the LoRAs")
+        changes[name] = content
+    return changes
+
+
+def _stays_for_others(now: Snapshot, name: str, record: ModuleRecord, content: Content) -> bool:
+    """Whether a text encoder is left as it is for pipes with another UNet that rely on it.
+
+    Raises:
+        PipelineError: they rely on other styles in it.
+    """
+    others = [other for other in record.pipes if other is not now.pipe and _relies(other, name, record, now)]
+    if not others or name == "unet":
+        return False
+    there = f"styles {sorted(record.content.weights)}" if record.content.weights else "no styles"
+    words = f"pipe.{name} is shared with another accelerated pipe, which has {there} in it"
+    if content.touched or now.record is not None:
+        raise PipelineError(
+            f"{words}: give both the same styles, or this one a text encoder of its own "
+            f"(pipe.{name} = copy.deepcopy(pipe.{name}) before accelerate)."
+        )
+    warn(f"{words}: they count in this pipe too. copy.deepcopy(pipe.{name}) before accelerate keeps them apart.")
+    return True
+
+
+def _relies(other: Any, name: str, record: ModuleRecord, now: Snapshot) -> bool:
+    theirs = pipe_record_of(other)
+    return theirs is not None and theirs.modules.get(name) is record and theirs.unet is not now.unet.record
+
+
+def _left_behind(now: Snapshot) -> list[Component]:
+    """Models that were accelerated, that the pipe no longer has, and that no other pipe relies on."""
+    here = [component.module for component in now.components.values()]
+    return [
+        component_of(name, module)
+        for name, module in (now.record.modules if now.record else {}).items()
+        if not any(module.is_on(model) for model in here)
+        and module_record_of(module.module) is module
+        and not any(pipe is not now.pipe for pipe in module.pipes)
+    ]
+
+
+def _give_up(module: ModuleRecord, pipe: Any, relied: bool) -> None:
+    if not relied:
+        module.pipes.discard(pipe)
+
+
+def _vae(now: Snapshot, applied: Applied, settings: PipeSettings) -> Any:
+    """The VAE that the pipe gets."""
+    record = now.record
+    own = record.found.vae if record else getattr(now.pipe, "vae", None)
+    if record is not None and settings.vae == record.settings.vae:
+        return record.made.vae
+    return vaes.load(now.pipe, own, applied.base, settings.vae, applied.target.hub) or own
+
+
+def _pipe_record(
+    now: Snapshot, modules: dict[str, ModuleRecord], applied: Applied, settings: PipeSettings, vae: Any
+) -> PipeRecord:
+    pipe, old = now.pipe, now.record
+    here = Shell.of(pipe)
+    found = (
+        old.found
+        if old
+        else dataclasses.replace(here, cls=calls.plain(here.cls), scheduler=stands_for(here.scheduler))
+    )
+    scheduler, wanted = old.made.scheduler if old else None, lcm_scheduler(found.scheduler, applied.base)
+    if scheduler is None or scheduler.config != wanted.config:
+        scheduler = wanted
+        put(scheduler, found.scheduler)
+    made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae, here.fused)
+    record = PipeRecord(weakref.ref(pipe), settings, modules, found, made)
+    if old is not None:
+        record.running = old.running  # a call of this pipe may be running in this very thread
+    if settings.cache_prompts:
+        same = old is not None and old.settings.cache_prompts == settings.cache_prompts
+        record.cache = old.cache if same and old is not None else PromptCache(settings.cache_prompts)
+    return record
