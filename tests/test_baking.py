@@ -65,6 +65,9 @@ def test_refusals_write_nothing(lcm_file, tmp_path):
     with pytest.raises(lcmlora.PipelineError, match="is no checkpoint"):
         lcmlora.bake(pipe, full)
     assert [file.name for file in full.iterdir()] == ["mine.txt"]
+    (full / "mine.txt").unlink()
+    lcmlora.bake(pipe, full)
+    (full / "old.txt").write_text("of the checkpoint that was here")
     lcmlora.bake(pipe, full, overwrite=True)
-    assert not (full / "mine.txt").exists()
+    assert not (full / "old.txt").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"full", "lcm.safetensors"}
