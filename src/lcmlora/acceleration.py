@@ -23,10 +23,11 @@ from .transition.records import (
     module_record_of,
     pipe_record_of,
 )
-from .transition.snapshot import COMPONENTS, Snapshot
+from .transition.snapshot import COMPONENTS, Snapshot, not_in_memory
 from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, as_weight, with_styles
 from .transition.transaction import Undo
 from .transition.verification import (
+    check_as_left,
     check_way_back,
     component_of,
     warn_of_lost_adapters,
@@ -126,6 +127,8 @@ def accelerate(
         before = _target(now)
         target = dataclasses.replace(before, **_said({**weights, "adapter_name": adapter_name, "hub": hub}))
         target.check()
+        if target.weight is not None:
+            target = dataclasses.replace(target, weight=as_weight(target.weight))
         anew = set() if source is UNSET else {target.adapter_name}
         if styles is not UNSET:
             anew |= _given_sources(styles)
@@ -138,7 +141,7 @@ def accelerate(
         said = dataclasses.replace(old.policy, **_said(policy))
         settings = dataclasses.replace(old, policy=said, **_said(shell))
         settings.check(pipe)
-        move(now, target, settings, anew)
+        move(now, target, settings, anew, styles is not UNSET or weight is not UNSET)
     return pipe
 
 
@@ -190,6 +193,10 @@ def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
         record = pipe_record_of(pipe)
         if record is not None and record.baked:
             raise PipelineError("this pipe was baked: the LCM-LoRA is in its file, and there is nothing to restore.")
+        if record is not None and record.gate.is_called_here():
+            raise PipelineError(
+                "restore can't be called from inside a call (a callback): the rest of it needs the LoRA."
+            )
         modules = dict(record.modules) if record is not None else _orphans(pipe)
         last = {
             name: component_of(name, module)
@@ -245,7 +252,8 @@ def accelerated(pipe: Pipe, base: str | Unset = UNSET, **settings: Any) -> Itera
     try:
         yield pipe
     finally:
-        restore(pipe)
+        if pipe_record_of(pipe) is not None:  # not restored in the block
+            restore(pipe)
 
 
 @contextmanager
@@ -266,17 +274,21 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
     if record is None or record.baked:
         raise PipelineError("styled changes an accelerated pipe for a while; lcmlora.accelerate(pipe) first.")
     with record.gate.changing():
-        applied = record.unet.applied
-        assert applied is not None
+        before = Snapshot.of(pipe)
+        old = _target(before)
+        back = {**dict.fromkeys(_late(before)), **old.styles}
         set_styles(pipe, styles)
         try:
             yield pipe
         finally:
-            if (now_record := pipe_record_of(pipe)) is not None:  # not restored in the block
+            mine = pipe_record_of(pipe)
+            if mine is not None and mine.unet is record.unet:  # not restored in the block
                 with _alone(pipe):
                     now = Snapshot.of(pipe)
-                    target = dataclasses.replace(_target(now), styles=applied.target.styles)
-                    move(now, target, now_record.settings, ())
+                    target = _target(now)
+                    anew = {name for name, source in old.sources.items() if target.sources.get(name) != source}
+                    target = dataclasses.replace(target, styles=back, sources={**target.sources, **old.sources})
+                    move(now, target, mine.settings, anew)
 
 
 @contextmanager
@@ -290,12 +302,19 @@ def merged(pipe: Any) -> Iterator[None]:
         now = Snapshot.of(pipe)
         for name, component in now.components.items():
             record = component.record
-            if record is None or record.content.merged or (not record.content.touched and not component.found.active):
+            if record is None:
                 continue
+            if why := not_in_memory(component):
+                raise PipelineError(f"bake needs the weights, and {why}")
+            if record.content.merged:
+                check_as_left(component, "bake")
+            if record.content.merged or (not record.content.touched and not component.adapters.active):
+                continue
+            check_as_left(component, "bake")
             content = record.content
             loras, weights = content.loras, content.weights
             if not content.touched:
-                loras, weights = component.found.loras, dict.fromkeys(component.found.active)
+                loras, weights = component.adapters.loras, dict.fromkeys(component.adapters.active)
             if why := component.why_not_mergeable:
                 raise PipelineError(f"the LoRAs of this pipe's {name} can't be merged into its weights: {why}.")
             transaction.change(record, component, Content(loras, weights, True), "memory", undo)
@@ -322,7 +341,7 @@ def _said(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _target(now: Snapshot) -> Target:
     """What the pipe's UNet is made to be; on a plain one, the default beside what is active."""
-    unet = now.unet.record or (now.record.modules.get("unet") if now.record else None)  # where the UNet was replaced
+    unet = now.unet.record or (now.record.modules.get("unet") if now.record else None)  # the UNet may be another
     return unet.applied.target if unet and unet.applied else Target(styles=dict.fromkeys(_found(now)))
 
 
@@ -339,9 +358,8 @@ def _late(now: Snapshot) -> list[str]:
 
 def _known(now: Snapshot) -> dict[str, Source | None]:
     """The styles that a weight may be given for; None for those that are adapters in the pipe."""
-    applied = now.unet.record.applied if now.unet.record else None
     names = {name for component in now.components.values() for name in component.found.names}
-    return {**dict.fromkeys([*names, *_late(now)]), **(applied.target.sources if applied else {})}
+    return {**dict.fromkeys([*names, *_late(now)]), **_target(now).sources}
 
 
 def _given_sources(styles: Any) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -15,13 +15,14 @@ from torch import nn
 from . import __version__, calls
 from .acceleration import merged
 from .calling import HOOKS
-from .errors import PipelineError
+from .errors import PipelineError, brief
 from .policy import Policy
-from .state import is_accelerated, status
+from .state import status
 from .transition import transaction
-from .transition.records import PipeRecord, Shell
+from .transition.records import PipeRecord, Shell, pipe_record_of
 from .transition.snapshot import BAKED, read_baked
 from .transition.target import PipeSettings
+from .transition.verification import why_not_fast
 
 
 def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any) -> Path:
@@ -42,23 +43,40 @@ def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any)
     Raises:
         PipelineError: the pipe is not accelerated, can't be merged, or the folder is in use by something else.
     """
-    folder = Path(folder)
-    if not is_accelerated(pipe):
+    record = pipe_record_of(pipe)
+    if record is None or record.baked:
         raise PipelineError(
             "bake saves an accelerated pipe; lcmlora.accelerate(pipe) first, or pipe.save_pretrained()."
         )
-    _check_folder(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        made = Path(place) / folder.name
-        with merged(pipe):
-            _require_plain(pipe)
-            pipe.save_pretrained(made, **save)
-        (made / BAKED).write_text(json.dumps(_recipe(pipe), indent=1), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
+    if why := why_not_fast(pipe, record):
+        raise PipelineError(f"bake would save a pipe without the LCM-LoRA: {why}.")
+    try:
+        folder = Path(os.path.realpath(folder))
+        _check_folder(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
+            made = Path(place) / folder.name
+            with merged(pipe):
+                _require_plain(pipe)
+                pipe.save_pretrained(made, **save)
+            (made / BAKED).write_text(json.dumps(_recipe(pipe), indent=1), encoding="utf-8")
+            _put_in_place(made, folder, Path(place) / "replaced")
+    except (OSError, ValueError, TypeError) as error:
+        raise PipelineError(f"bake can't write to {brief(folder)}: {error}") from error
     return folder
+
+
+def _put_in_place(made: Path, folder: Path, aside: Path) -> None:
+    """Have the new folder where the old one was, or the old one still."""
+    if not folder.exists():
+        made.rename(folder)
+        return
+    folder.rename(aside)
+    try:
+        made.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -89,10 +107,10 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
     written = read_baked(Path(folder))
     if written is None:
         raise PipelineError(f"{folder} was not made by lcmlora.bake: there is no {BAKED} in it that says what it is.")
-    call = written.get("call", {})
+    call = written["call"]
     policy = Policy(steps=call.get("num_inference_steps", 4), guidance=call.get("guidance_scale"))
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(folder), **load)
+        pipe = DiffusionPipeline.from_pretrained(os.path.abspath(folder), **load)
     except Exception as error:  # diffusers raises many kinds
         raise PipelineError(f"{folder} can't be loaded as a pipeline: {error}") from error
     found = Shell.of(pipe)

@@ -21,6 +21,7 @@ from .transition.records import (
     ModuleRecord,
     PipeRecord,
     Shell,
+    StandIn,
     module_record_of,
     pipe_record_of,
     put,
@@ -32,6 +33,7 @@ from .transition.transaction import Undo
 from .transition.verification import (
     check_way_back,
     component_of,
+    drifted,
     require_way_back,
     why_lora_is_off,
     why_not_fast,
@@ -39,7 +41,7 @@ from .transition.verification import (
 from .warn import warn
 
 
-def move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection[str]) -> None:
+def move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection[str], said: bool = True) -> None:
     """Bring a pipe and its models to what they shall be, all or nothing.
 
     Args:
@@ -47,6 +49,7 @@ def move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection
         target: what its models shall be.
         settings: what else it shall be.
         anew: the names of the LoRAs whose sources were given just now.
+        said: whether styles or weights were said: then what others did to them meanwhile is undone.
 
     Raises:
         PipelineError, BaseModelError, LoraFileError, LoraMismatchError: see `lcmlora.accelerate`.
@@ -56,14 +59,14 @@ def move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection
         raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
     applied = unet.applied if unet is not None else None
     off = unet is not None and why_lora_is_off(unet) is not None
-    if record is None or applied is None or off or anew or target != applied.target:
+    if record is None or applied is None or off or anew or said or target != applied.target:
         plan = _plan(now, target, anew)
     elif settings == record.settings and why_not_fast(now.pipe, record) is None:
         return
     else:
         plan = Plan(applied, {})
     vae = _vae(now, plan.applied, settings)
-    changes = _changes(now, plan, off)
+    changes = _changes(now, plan, off, said)
     gone = _left_behind(now)
     for component in gone:
         check_way_back(component, "give the replaced model back")
@@ -107,7 +110,7 @@ def require_originals(record: ModuleRecord, purpose: str) -> None:
         )
 
 
-def _changes(now: Snapshot, plan: Plan, off: bool) -> dict[str, Content]:
+def _changes(now: Snapshot, plan: Plan, off: bool, said: bool) -> dict[str, Content]:
     """The components that have to change, all of which can be changed.
 
     Raises:
@@ -123,7 +126,8 @@ def _changes(now: Snapshot, plan: Plan, off: bool) -> dict[str, Content]:
             continue
         keep = plan.applied.target.keep
         same = record.content == content and not (content.merged and record.originals.keep != keep)
-        if (same and not (off and name == "unet")) or _stays_for_others(now, name, record, content):
+        stale = (off and name == "unet") or (said and drifted(component))
+        if (same and not stale) or _stays_for_others(now, name, record, content):
             continue
         require_originals(record, "change what is merged")
         check_way_back(component, "change the LoRAs")
@@ -176,26 +180,31 @@ def _give_up(module: ModuleRecord, pipe: Any, relied: bool) -> None:
 def _vae(now: Snapshot, applied: Applied, settings: PipeSettings) -> Any:
     """The VAE that the pipe gets."""
     record = now.record
-    own = record.found.vae if record else getattr(now.pipe, "vae", None)
+    own = _found_shell(now).vae
     if record is not None and settings.vae == record.settings.vae:
-        return record.made.vae
+        return own if settings.vae is None else record.made.vae
     return vaes.load(now.pipe, own, applied.base, settings.vae, applied.target.hub) or own
+
+
+def _found_shell(now: Snapshot) -> Shell:
+    """What the pipe was before, apart from its models; a VAE that the user set where we set none is the user's."""
+    here, old = Shell.of(now.pipe), now.record
+    if old is None:
+        return dataclasses.replace(here, cls=calls.plain(here.cls), scheduler=stands_for(here.scheduler))
+    return dataclasses.replace(old.found, vae=here.vae) if old.made.vae is old.found.vae else old.found
 
 
 def _pipe_record(
     now: Snapshot, modules: dict[str, ModuleRecord], applied: Applied, settings: PipeSettings, vae: Any
 ) -> PipeRecord:
     pipe, old = now.pipe, now.record
-    here = Shell.of(pipe)
-    found = (
-        old.found
-        if old
-        else dataclasses.replace(here, cls=calls.plain(here.cls), scheduler=stands_for(here.scheduler))
-    )
+    here, found = Shell.of(pipe), _found_shell(now)
     scheduler, wanted = old.made.scheduler if old else None, lcm_scheduler(found.scheduler, applied.base)
-    if scheduler is None or scheduler.config != wanted.config:
+    if old is not None and isinstance(here.scheduler, type(wanted)):
+        scheduler = here.scheduler  # an LCMScheduler of the user's own is as good
+    if scheduler is None or str(scheduler.config) != str(wanted.config):
         scheduler = wanted
-        put(scheduler, found.scheduler)
+        put(scheduler, StandIn(found.scheduler, now.unet.module))
     made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae, here.fused)
     record = PipeRecord(weakref.ref(pipe), settings, modules, found, made)
     if old is not None:

@@ -105,7 +105,7 @@ class Parameters:
 
     def strength_of(self, given: Mapping[str, Any]) -> float | None:
         """The strength that decides how many of the steps run; None where none does."""
-        if not self.strength or given.get("denoising_start") is not None:  # the latter stands in strength's place
+        if not self.strength or is_split(given.get("denoising_start")):  # the latter stands in strength's place
             return None
         try:
             strength = float(given.get(self.strength, self.defaults[self.strength]))
@@ -130,6 +130,11 @@ class Parameters:
             for name in given.keys() - self.defaults.keys() - self.read:
                 near = [key for key in (self.steps, self.guidance) if key and name in key]
                 yield name, (near or difflib.get_close_matches(name, self.defaults, 1, 0.5) or [""])[0]
+
+
+def is_split(value: Any) -> bool:
+    """Whether diffusers takes a value for a place to split at (pipeline_..._xl_img2img.py, denoising_value_valid)."""
+    return isinstance(value, float) and 0 < value < 1
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

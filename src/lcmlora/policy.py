@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .errors import CallError
-from .parameters import Parameters
+from .parameters import Parameters, is_split
 from .warn import warn
 
 GUIDANCE_RANGE = (1.0, 2.0)
@@ -99,7 +99,7 @@ class Policy:
             wanted = self.steps if value is None else _whole(takes.steps, value)
             changes[takes.steps] = self._steps(wanted, takes.strength_of(given), given, stretched)
             stretched |= changes[takes.steps] != wanted
-            _check_denoising_split(given, changes[takes.steps], pipe)
+            _check_denoising_split(given, changes[takes.steps], takes.strength_of(given), pipe)
         if self.guidance is not None:
             changes.update(self._guidance(takes, given))
         unguided = takes.guidance is not None and _is_off(changes.get(takes.guidance, given.get(takes.guidance)))
@@ -192,7 +192,8 @@ class Policy:
                 continue
             if _says_something(value, takes.defaults.get(name)):
                 self._once(f"{name}, lost", message)
-        if (given.get("cross_attention_kwargs") or {}).get("scale") is not None:
+        attention = given.get("cross_attention_kwargs")
+        if isinstance(attention, Mapping) and attention.get("scale") is not None:
             merged = not any(hasattr(module, "lora_A") for module in pipe.unet.modules())
             self._once(
                 "scale",
@@ -235,14 +236,17 @@ def lcm_timesteps(scheduler: Any, steps: int) -> list[int]:
     return [int(t) for t in own.timesteps]
 
 
-def _check_denoising_split(given: Mapping[str, Any], steps: int, pipe: Any) -> None:
+def _check_denoising_split(given: Mapping[str, Any], steps: int, strength: float | None, pipe: Any) -> None:
     """Refuse a split between two pipelines that leaves this one no step (SDXL, get_timesteps; pipeline_..._xl, l.
     1195).
     """
-    start, end = given.get("denoising_start"), given.get("denoising_end")
+    split = (given.get("denoising_start"), given.get("denoising_end"))
+    start, end = (value if is_split(value) else None for value in split)
     if start is None and end is None:
         return
     timesteps = lcm_timesteps(pipe.scheduler, steps)
+    if strength is not None:
+        timesteps = timesteps[steps - min(int(steps * strength), steps) :]
     total = pipe.scheduler.config.num_train_timesteps
     left = [
         t

@@ -74,13 +74,21 @@ class PromptCache:
             then, state_then, result = self._results[key]
             if state == state_then and all((r and r()) is part for r, part in zip(then, parts, strict=True)):
                 self._results.move_to_end(key)
-                return result
+                return _copied(result)
         result = encode_prompt(pipe, *args, **kwargs)
-        self._results[key] = ([None if part is None else weakref.ref(part) for part in parts], state, result)
+        refs = [None if part is None else weakref.ref(part) for part in parts]
+        self._results[key] = (refs, state, _copied(result))
         self._results.move_to_end(key)
         if len(self._results) > self.size:
             self._results.popitem(last=False)
         return result
+
+
+def _copied(result: Any) -> Any:
+    """A result of its own for each caller, who may write into it."""
+    if isinstance(result, tuple | list):
+        return type(result)([_copied(part) for part in result])
+    return result.clone() if isinstance(result, torch.Tensor) else result
 
 
 def _state(encoder: nn.Module) -> Any:

@@ -369,6 +369,10 @@ def test_B4_whatever_becomes_of_the_users_adapters_restore_gives_back_what_was_f
         assert fuse
     lcmlora.status(pipe)
     lcmlora.accelerate(pipe, steps=6)
+    if touch is replace_own and fuse:  # two of one name
+        with pytest.raises(PipelineError, match=r"pipe\.delete_adapters\('own'\)"):
+            lcmlora.accelerate(pipe, weight=0.9)
+        pipe.delete_adapters("own")
     lcmlora.accelerate(pipe, weight=0.9)
     lcmlora.set_styles(pipe, {"own": 0.2})
     fresh = lcmlora.accelerate(sd_pipe(), lora=lcm, weight=0.9, styles={"own": Style(ink, 0.2)})

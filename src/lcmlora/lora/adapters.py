@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -167,9 +167,11 @@ def _put(module: nn.Module, parts: Mapping[str, nn.Module]) -> None:
     """Put modules at the names given, whatever stands there."""
     for name, part in parts.items():
         parent, _, child = name.rpartition(".")
-        compat.children_of(module.get_submodule(parent))[child] = part
+        with suppress(AttributeError):  # somebody took away what it was in
+            compat.children_of(module.get_submodule(parent))[child] = part
 
 
+@torch.inference_mode(False)  # its tensors have to work outside too
 def inject(module: Any, name: str, lora: FileLora) -> None:
     """Load a LoRA as a PEFT adapter called `name`, without gradients and in the weights' dtype.
 
@@ -186,10 +188,11 @@ def inject(module: Any, name: str, lora: FileLora) -> None:
         inject_adapter_in_model(_lora_config(lora), module, adapter_name=name)
     report = set_peft_model_state_dict(module, state, adapter_name=name)
     plain = {layer for layer, pair in lora.pairs.items() if not pair.magnitude}
+    ends = (f".lora_A.{name}.weight", f".lora_B.{name}.weight", f".lora_magnitude_vector.{name}.weight")
     missing = [
         key
         for key in report.missing_keys
-        if f".{name}." in key and not (key.split(".lora_magnitude_vector.")[0] in plain and "_magnitude_" in key)
+        if key.endswith(ends) and not ("lora_magnitude_vector" in key and key.partition(".lora_")[0] in plain)
     ]
     if report.unexpected_keys or missing:
         raise RuntimeError(f"PEFT took only a part of {lora.label}: {report.unexpected_keys[:3]} were not expected.")

@@ -76,7 +76,7 @@ class Originals:
         assert isinstance(self._store, _Disk)
         return self._store.load(token)
 
-    def holds(self, parameter: nn.Parameter) -> bool:
+    def holds(self, parameter: nn.Parameter | None) -> bool:
         """Whether this weight's original is kept."""
         return id(parameter) in self._kept
 
@@ -177,7 +177,7 @@ class _Disk:
                 f"keep='disk' can't write to the temporary folder ({error}): set TMPDIR to a folder with room, or "
                 "keep='memory'."
             ) from error
-        self._file = os.fdopen(descriptor, "wb")
+        self._file = os.fdopen(descriptor, "w+b")
         self._end = 0
         weakref.finalize(self, _remove, self._file, self._path)
 
@@ -196,7 +196,10 @@ class _Disk:
 
     def load(self, token: tuple[int, torch.dtype, torch.Size]) -> torch.Tensor:
         place, dtype, shape = token
-        mapped = torch.from_file(self._path, shared=False, size=self._end, dtype=torch.uint8)
+        # through the open file: its name may be gone
+        mapped = torch.frombuffer(
+            mmap.mmap(self._file.fileno(), self._end, access=mmap.ACCESS_COPY), dtype=torch.uint8
+        )
         return mapped[place : place + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 

@@ -206,7 +206,11 @@ class Tensors:
         self._versions = self._written()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tensors) and other._given is self._given
+        if not isinstance(other, Tensors) or other._given is not self._given:
+            return False
+        mine, theirs = self._tensors, other._tensors
+        same = mine.keys() == theirs.keys() and all(mine[key] is theirs[key] for key in mine)
+        return same and self._versions == other._versions
 
     def __hash__(self) -> int:
         return id(self._given)

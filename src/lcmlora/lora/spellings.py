@@ -19,7 +19,7 @@ _PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te_": "text_encoder",
 }
-_IN_FRONT = re.compile(r"^(?:unet\.)?(?:base_model\.model\.)?(?:unet\.)?")
+_IN_FRONT = re.compile(r"^(?:unet\.)?(?:_orig_mod\.)?(?:base_model\.model\.)?(?:unet\.)?(?:_orig_mod\.)?")
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _SGM_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 _BLOCKS = ("down_blocks", "mid_block", "up_blocks", "encoder")  # "encoder": of a text encoder

@@ -236,6 +236,11 @@ def _contents(snapshot: Snapshot, target: Target, files: Files, weights: Mapping
             **component.late,
             **files.get(name, {}),
         }
+        if clash := sorted(component.late.keys() & {*component.found.names, *files.get(name, {})}):
+            raise PipelineError(
+                f"an adapter {clash[0]!r} was loaded while the pipe was accelerated, and another LoRA here has that "
+                f"name: pipe.delete_adapters({clash[0]!r}), or load it under another name."
+            )
         here = {n: w for n, w in weights.items() if n in loras}
         fuse = target.fuse is not False and (name == "unet" or contents["unet"].merged)
         given_up = any(any(lora.found.values()) and n not in here for n, lora in component.late.items())
@@ -243,7 +248,8 @@ def _contents(snapshot: Snapshot, target: Target, files: Files, weights: Mapping
         if not differs and not (fuse and component.found.active):
             contents[name] = AS_FOUND
             continue
-        if component.record is None and (why := not_in_memory(component)):
+        untouched = component.record is None or component.record.content is AS_FOUND
+        if untouched and (why := not_in_memory(component)):
             raise PipelineError(why)
         why_not = _why_not_mergeable(component, loras, here) if target.fuse is not False else None
         if why_not and target.fuse is True:

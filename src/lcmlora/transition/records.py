@@ -81,6 +81,10 @@ class Gate:
                 self._callers.remove(me)
                 self._condition.notify_all()
 
+    def is_called_here(self) -> bool:
+        """Whether this thread is in a call of the model."""
+        return threading.get_ident() in self._callers
+
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Have the model alone.
@@ -279,9 +283,37 @@ def _adopt(pipe: Any, record: PipeRecord) -> PipeRecord:
     return mine
 
 
+class StandIn:
+    """What is noted on a scheduler of ours.
+
+    Args:
+        found: the scheduler that it took the place of.
+        unet: the UNet that it was made for, held weakly.
+    """
+
+    def __init__(self, found: Any, unet: Any = None) -> None:
+        self.found = found
+        self.unet = weakref.ref(unet) if unet is not None else lambda: None
+
+    def __reduce__(self) -> Any:
+        return StandIn, (self.found,)
+
+
 def stands_for(scheduler: Any) -> Any:
     """The scheduler that one of ours took the place of; every other one stands for itself."""
-    return scheduler.__dict__.get(RECORD, scheduler)
+    note = getattr(scheduler, "__dict__", {}).get(RECORD)
+    return note.found if isinstance(note, StandIn) else scheduler
+
+
+def copied_from(scheduler: Any, index: ModuleIndex) -> bool:
+    """Whether a UNet holds what was merged into another one, the one that this scheduler of ours was made for."""
+    note = getattr(scheduler, "__dict__", {}).get(RECORD)
+    record = module_record_of(note.unet()) if isinstance(note, StandIn) else None
+    if record is None or record.module is index.module or not record.content.merged:
+        return False
+    here = views({n: p for n, p in parameters_of(index).items() if record.originals.holds(record.parameters.get(n))})
+    same = (torch.equal(view, record.samples[name].to(view.device, view.dtype)) for name, view in here.items())
+    return bool(here) and all(same)
 
 
 def put(thing: Any, record: Any) -> None:

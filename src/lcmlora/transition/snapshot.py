@@ -20,7 +20,7 @@ from ..errors import PipelineError
 from ..layers import ModuleIndex
 from ..lora.adapters import Adapters
 from ..lora.merge import Lora
-from .records import ModuleRecord, PipeRecord, module_record_of, pipe_record_of, stands_for
+from .records import ModuleRecord, PipeRecord, copied_from, module_record_of, pipe_record_of, stands_for
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("unet", *TEXT_ENCODERS)
@@ -59,7 +59,8 @@ class Component:
         """The adapters that somebody else loaded after lcmlora had changed it."""
         if self.record is None:
             return {}
-        ours = {*self.record.content.loras, *self.record.adapters.names}
+        merged = self.record.content.merged  # then nothing of ours, or that was found, is an adapter
+        ours = set() if merged else {*self.record.content.loras, *self.record.adapters.names}
         return {name: lora for name, lora in self.adapters.loras.items() if name not in ours}
 
     @functools.cached_property
@@ -70,6 +71,10 @@ class Component:
             plain = type(weight) is nn.Parameter and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
             if not plain:
                 return f"{name} has quantised weights ({type(weight).__name__}, {getattr(weight, 'dtype', None)})"
+        seen: dict[int, str] = {}
+        for name, layer in self.index.layers.items():
+            if (other := seen.setdefault(id(layer.weight), name)) != name:
+                return f"{other} and {name} share one weight"
         return self.found.why_not_mergeable or (self.adapters.why_not_mergeable if self.late else None)
 
 
@@ -95,10 +100,11 @@ class Snapshot:
             PipelineError: this is no pipeline with a UNet that can be accelerated.
         """
         _check_pipeline(pipe)
-        components = {}
+        components: dict[str, Component] = {}
         for name in COMPONENTS:
             module = compat.uncompiled(getattr(pipe, name, None))
-            if isinstance(module, nn.Module):
+            once = all(module is not other.module for other in components.values())  # SDXL's encoders may be one
+            if isinstance(module, nn.Module) and once:
                 index = ModuleIndex.of(module)
                 components[name] = Component(name, index, Adapters(index), module_record_of(module))
         return Snapshot(pipe, pipe_record_of(pipe), components)
@@ -136,7 +142,7 @@ def _check_pipeline(pipe: Any) -> None:
 
 
 def _not_drivable(snapshot: Snapshot) -> str | None:
-    if not hasattr(snapshot.pipe, "scheduler"):
+    if not hasattr(stands_for(getattr(snapshot.pipe, "scheduler", None)), "config"):
         return f"{type(snapshot.pipe).__name__} has no scheduler that LCMScheduler could stand in for."
     return calls.why_not(calls.plain(type(snapshot.pipe)))
 
@@ -178,15 +184,27 @@ def read_baked(folder: Path) -> Mapping[str, Any] | None:
         written = json.loads((folder / BAKED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return written if isinstance(written, dict) and "merged" in written else None
+    parts = (written.get("merged"), written.get("call")) if isinstance(written, dict) else (None,)
+    return written if all(isinstance(part, dict) for part in parts) else None
 
 
 def _baked(snapshot: Snapshot) -> str | None:
-    if snapshot.unet.record is not None or (written := baked_into(snapshot.pipe)) is None:
+    written = snapshot.record.baked if snapshot.record else None
+    written = written or (baked_into(snapshot.pipe) if snapshot.unet.record is None else None)
+    if written is None:
         return None
     return (
         f"LCM is merged into this pipe already: lcmlora baked it, says {BAKED} beside it ({written['merged']}). It "
         "needs no acceleration: lcmlora.load_baked(folder) loads it with its call defaults."
+    )
+
+
+def _copied_weights(snapshot: Snapshot) -> str | None:
+    if snapshot.unet.record or not copied_from(snapshot.pipe.scheduler, snapshot.unet.index):
+        return None
+    return (
+        "this UNet's weights were copied from an accelerated pipe, so an LCM-LoRA is merged into them already: "
+        "lcmlora.restore() that pipe before making another of its UNet."
     )
 
 
@@ -246,6 +264,7 @@ _RULES = (
     _not_drivable,
     _no_betas,
     _baked,
+    _copied_weights,
     _full_lcm,
     _wrapped_whole,
     _joint_projections,

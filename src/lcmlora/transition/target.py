@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal
+
+from torch import nn
 
 from .. import vae as vaes
 from ..calls import Policy
@@ -139,7 +142,7 @@ class PipeSettings:
             PipelineError: naming the argument.
         """
         count = self.cache_prompts
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        if isinstance(count, bool) or not hasattr(count, "__index__") or operator.index(count) < 0:
             raise PipelineError(f"cache_prompts={brief(count)}: a number of prompts is expected, 0 for none.")
         if count and not hasattr(type(pipe), "encode_prompt"):
             raise PipelineError(f"cache_prompts={count}: {type(pipe).__name__} has no encode_prompt to ask.")
@@ -188,7 +191,9 @@ def with_styles(target: Target, styles: Any, known: Mapping[str, Source | None],
 
 def is_adapter_name(name: Any) -> bool:
     """Whether PEFT can call an adapter so."""
-    return isinstance(name, str) and bool(name) and "." not in name
+    if not isinstance(name, str) or not name or "." in name:
+        return False
+    return not any(hasattr(holder, name) for holder in (nn.ModuleDict(), nn.ParameterDict()))  # "train", "keys", ...
 
 
 def as_weight(value: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,20 @@ from ..lora import adapters
 from ..lora.merge import FileLora, check_finite, contributions, merge, parameter_of
 from ..lora.originals import Originals
 from ..warn import warn
-from .records import LOST, UNKNOWN, Content, ModuleRecord, PipeRecord, Shell, pipe_record_of, put, sampled
+from .records import (
+    AS_FOUND,
+    LOST,
+    UNKNOWN,
+    Content,
+    ModuleRecord,
+    PipeRecord,
+    Shell,
+    module_record_of,
+    parameters_of,
+    pipe_record_of,
+    put,
+    sampled,
+)
 from .snapshot import Component
 
 
@@ -50,8 +64,8 @@ class Undo:
 
 def record_for(component: Component, undo: Undo) -> ModuleRecord:
     """The component's record; a new one is put on it."""
-    if component.record is not None:
-        return component.record
+    if (known := module_record_of(component.module)) is not None:
+        return known
     record = ModuleRecord.of(component.index, component.adapters)
     undo.push(_take_off, record)
     put(component.module, record)
@@ -78,6 +92,8 @@ def change(record: ModuleRecord, component: Component, content: Content, keep: A
     if content.merged and keep is None:  # all that can be found before the first change: no way back from it
         used = {name for here in _added(component, content).values() for name in here}
         check_finite({name: lora for name, lora in content.loras.items() if name in used})
+    if old is AS_FOUND:  # whatever its Parameters have become since, they are as found
+        record.parameters = parameters_of(component.index)
     record.content = UNKNOWN
     stays_merged = old.merged and content.merged and originals.keep == keep
     if old.merged and not stays_merged:
@@ -214,5 +230,6 @@ def _be(pipe: Any, shell: Shell) -> None:
 
 def undress(pipe: Any, record: PipeRecord) -> None:
     """Give a pipe back what it was apart from its models. Doing it twice does no harm."""
-    _be(pipe, record.found)
+    own = record.made.vae is record.found.vae  # then the VAE is none of ours
+    _be(pipe, dataclasses.replace(record.found, vae=getattr(pipe, "vae", None)) if own else record.found)
     put(pipe, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import nn
 
 from .. import compat
 from ..errors import PipelineError
-from ..layers import ModuleIndex
-from ..lora.adapters import Adapters
-from ..lora.merge import FileLora, parameter_of
+from ..layers import INSIDE, ModuleIndex
+from ..lora.adapters import Adapters, unit_scale
+from ..lora.merge import FileLora, Lora, Weight, parameter_of
 from ..warn import warn
 from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, parameters_of, views
 from .snapshot import Component, not_in_memory
@@ -69,16 +69,25 @@ def examine(component: Component) -> Findings:
         real[name] = now
         if now is not old:
             moved.append(name)
-    changed = (
-        set() if record.content is UNKNOWN else _changed(record, real) | (component.adapters.merged & real.keys())
-    )
+    changed: set[str] = set()
+    if record.content is not UNKNOWN:
+        changed = _changed(record, real) | (component.adapters.merged & real.keys())
+    ours = _touched(record)
+    if not ours & changed.union(lost):  # what lcmlora did not change is the user's own to change
+        return Findings(moved=tuple(name for name in moved if name not in changed))
     replaced = changed.intersection(moved)
     undone = {n for n in changed - replaced if record.originals.holds(record.parameters[n])}
     return Findings(
         moved=tuple(name for name in moved if name not in replaced),
         undone=tuple(sorted(undone)),
-        inexact=tuple(sorted((changed - undone) | set(lost))),
+        inexact=tuple(sorted((changed - undone) | (ours & set(lost)))),
     )
+
+
+def _touched(record: ModuleRecord) -> set[str]:
+    """The layers whose weights lcmlora changed, or put adapters around."""
+    kept = {name for name, parameter in record.parameters.items() if record.originals.holds(parameter)}
+    return kept or kept.union(*(lora.layers for lora in record.content.loras.values()))
 
 
 def _changed(record: ModuleRecord, parameters: dict[str, nn.Parameter]) -> set[str]:
@@ -121,6 +130,45 @@ def require_way_back(component: Component, purpose: str, force: bool = False) ->
             f"lcmlora can't {purpose} exactly: {left} {first}lcmlora.restore(pipe, force=True) gives back what it can."
         )
     return found, left
+
+
+def drifted(component: Component) -> bool:
+    """Whether other LoRAs count in a changed model than those that were left there, or others do so beside them."""
+    record = component.record
+    assert record is not None
+    content = record.content
+    if content.merged:
+        found = examine(component)
+        return bool(component.adapters.active or found.why_not or found.moved or found.undone or found.inexact)
+    left = _counting(record.adapters.loras, dict.fromkeys(record.adapters.loras))
+    if content.touched:
+        left = _counting(content.loras, content.weights)
+    now = _counting(component.adapters.loras, dict.fromkeys(component.adapters.loras))
+    return left.keys() != now.keys() or any(abs(now[place] - weight) > 1e-6 for place, weight in left.items())
+
+
+def _counting(loras: Mapping[str, Lora], weights: Mapping[str, Weight]) -> dict[tuple[str, str], float]:
+    """What each LoRA counts with in each layer where it does."""
+    counting = {}
+    for name, weight in weights.items():
+        for layer in loras[name].found.keys() | loras[name].layers:
+            if value := loras[name].found.get(layer, 0.0) if weight is None else weight:
+                counting[name, layer.partition(INSIDE)[0]] = value
+    return counting
+
+
+def check_as_left(component: Component, purpose: str) -> None:
+    """Refuse a changed model that is not as lcmlora left it.
+
+    Raises:
+        PipelineError: with what to call.
+    """
+    if component.record is not None and component.record.content.touched and drifted(component):
+        raise PipelineError(
+            f"lcmlora can't {purpose}: the LoRAs in the {component.name} are not those that lcmlora left there "
+            "(set_adapters, load_lora_weights, load_state_dict, off-loading, ...). lcmlora.set_styles(pipe, styles) "
+            "says what shall be in it."
+        )
 
 
 def check_way_back(component: Component, purpose: str, force: bool = False) -> str | None:
@@ -167,7 +215,8 @@ def warn_of_lost_adapters(component: Component) -> None:
     if record.content is UNKNOWN:  # a way back was interrupted: what is there is ours
         return
     found, now, loras = record.adapters.names, component.adapters.names, record.content.loras
-    if late := {n for n in now.union(loras) - found if not isinstance(loras.get(n), FileLora)}:
+    absorbed = {n for n in loras if n not in found and not isinstance(loras[n], FileLora)}
+    if late := absorbed | component.late.keys():
         warn(
             f"restore removes {sorted(late)}, loaded while the pipe was accelerated. set_styles, or loading before "
             "accelerate, keeps LoRAs."
@@ -210,7 +259,7 @@ def why_lora_is_off(unet: ModuleRecord) -> str | None:
     if any(compat.is_on_disk(part) for layer in probed for part in _path(unet.module, layer)):
         return None  # the memory says nothing
     if not content.merged:
-        return _why_adapter_is_off(unet, applied.target.adapter_name, probed)
+        return _why_adapter_is_off(unet, applied.target.adapter_name, applied.weight, probed)
     if _changed(unet, {layer: parameter_of(compat.wrapped(module)) for layer, module in probed.items()}):
         return "weights were changed since accelerate (load_state_dict, fuse_lora, ...), so the LCM-LoRA may be gone"
     return None
@@ -222,13 +271,15 @@ def _path(module: nn.Module, name: str) -> Iterable[nn.Module]:
     return (module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
 
 
-def _why_adapter_is_off(unet: ModuleRecord, name: str, tuners: dict[str, Any]) -> str | None:
+def _why_adapter_is_off(unet: ModuleRecord, name: str, weight: float, tuners: dict[str, Any]) -> str | None:
     for layer, tuner in tuners.items():
         if name not in getattr(tuner, "scaling", ()) or name not in tuner.active_adapters or tuner.disable_adapters:
             return (
                 "the LCM-LoRA is not active (another adapter was loaded or set, or it was deleted): "
                 "lcmlora.accelerate(pipe) puts it back"
             )
+        if abs(tuner.scaling[name] - weight * unit_scale(tuner, name)) > 1e-6 * abs(weight):
+            return f"the LCM-LoRA does not count with {weight:g} any more: lcmlora.accelerate(pipe) sets it again"
         if compat.uses_fused_projections(unet.module.get_submodule(layer.rpartition(".")[0])):
             return "fuse_qkv_projections() goes past PEFT adapters: lcmlora.accelerate(pipe, fuse=True) merges them"
     return None
