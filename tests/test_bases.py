@@ -283,7 +283,7 @@ def test_a_right_file_of_another_rank_is_right(unets, tmp_path):
 @pytest.fixture
 def registered() -> Iterator[Callable[..., lcmlora.Base]]:
     """Register a base for the tiny UNet, for the length of a test."""
-    before = dict(registry._registered)
+    before = lcmlora.bases()
 
     def register(**changes: object) -> lcmlora.Base:
         own = dict(name="tiny", title="Tiny", cross_attention_dim=32, block_out_channels=(8, 16), layers=79, lora=None)
@@ -292,9 +292,10 @@ def registered() -> Iterator[Callable[..., lcmlora.Base]]:
         return base
 
     yield register
-    for name in set(registry._registered) - set(before):
-        registry._registered.pop(name)
-    assert registry._registered == before
+    for base in lcmlora.bases():
+        if base not in before:
+            lcmlora.unregister(base.name)
+    assert lcmlora.bases() == before
 
 
 def test_a_registered_base_is_found_with_its_lora_and_weight(registered, tmp_path):
@@ -333,6 +334,21 @@ def test_names_and_structures_are_registered_once(registered):
     with pytest.raises(lcmlora.BaseModelError, match="'sd15' has that name or structure"):
         registered(name="sd15")
     assert [base.name for base in lcmlora.bases()].count("tiny") == 1
+
+
+def test_an_unregistered_base_is_known_no_more(registered, tmp_path):
+    pipe = sd_pipe()
+    before, base = lcmlora.bases(), registered(lora=str(write_lora(tmp_path / "l.safetensors", pipe.unet)))
+    lcmlora.accelerate(pipe)
+    assert lcmlora.unregister("tiny") is base
+    assert lcmlora.bases() == before
+    assert lcmlora.status(pipe).base == "tiny"
+    lcmlora.restore(pipe)
+    with pytest.raises(lcmlora.BaseModelError, match="structure of no known base"):
+        lcmlora.accelerate(pipe)
+    with pytest.raises(lcmlora.BaseModelError, match="base='tiny' is not known"):
+        lcmlora.unregister("tiny")
+    registered()
 
 
 def test_all_bases_are_listed_and_unknown_names_refused():

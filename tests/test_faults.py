@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,15 +17,16 @@ import torch
 import lcmlora
 from conftest import assert_same, sd_pipe, snapshot, write_lora
 from lcmlora import Style
+from lcmlora.transition.records import module_record_of, put
 
 PACKAGE = Path(lcmlora.__file__).parent
-WORK = {str(PACKAGE / "acceleration.py"), str(PACKAGE / "calls.py")} | {
-    str(file) for folder in ("lora", "transition") for file in (PACKAGE / folder).glob("*.py")
-}
+WORK = {str(file) for file in PACKAGE.rglob("*.py")}
+"""Where an interruption may come: every line of the package."""
+MOMENTS = {4**power for power in range(10)}
 
 
 def is_spoiled(pipe) -> bool:
-    record = getattr(pipe.unet, "_lcmlora", None)
+    record = module_record_of(pipe.unet)
     return record is not None and record.spoiled
 
 
@@ -32,19 +34,22 @@ class Interrupted(KeyboardInterrupt):
     pass
 
 
-def interrupt(work: Callable[[], object], line: int) -> bool:
-    """Run `work`, and raise Interrupted before the `line`-th line of lcmlora's that it executes; False if it has
-    fewer.
+def interrupt(work: Callable[[], object], moment: int) -> bool:
+    """Run `work`, and raise Interrupted at the `moment`-th moment; False if it has fewer.
+
+    A moment is before a line of lcmlora's that is executed for the 1st, 4th, 16th, 64th, ... time: so lines in loops
+    over layers do not crowd the others out.
     """
-    seen = 0
+    seen, times = 0, Counter()
 
     def trace(frame, event, argument):
         nonlocal seen
         if frame.f_code.co_filename not in WORK:
             return None
         if event == "line":
-            seen += 1
-            if seen == line:
+            times[frame.f_code.co_filename, frame.f_lineno] += 1
+            seen += times[frame.f_code.co_filename, frame.f_lineno] in MOMENTS
+            if seen == moment:
                 sys.settrace(None)
                 raise Interrupted
         return trace
@@ -61,13 +66,13 @@ def interrupt(work: Callable[[], object], line: int) -> bool:
 
 
 def every_line(work: Callable[[], object], check: Callable[[], object], stride: int) -> int:
-    """Interrupt `work` at every `stride`-th line until it runs through; `check` after each. The number of
+    """Interrupt `work` at every `stride`-th moment until it runs through; `check` after each. The number of
     interruptions.
     """
-    line, count = 1, 0
-    while interrupt(work, line):
+    moment, count = 1, 0
+    while interrupt(work, moment):
         check()
-        line, count = line + stride, count + 1
+        moment, count = moment + stride, count + 1
     return count
 
 
@@ -94,6 +99,30 @@ def pipe(files):
     return pipe
 
 
+def test_interruptions_reach_every_module_that_works_on_a_pipe(pipe, files):
+    """WORK is computed; this is what would tell that it missed something."""
+    entered = set()
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename in WORK:
+            entered.add(Path(frame.f_code.co_filename).relative_to(PACKAGE).with_suffix("").as_posix())
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        lcmlora.accelerate(pipe, lora=files / "whole.safetensors", styles={"s": files / "style.safetensors"})
+        lcmlora.set_styles(pipe, {"s": 0.5})
+        lcmlora.restore(pipe)
+    finally:
+        sys.settrace(before)
+    assert {"acceleration", "calls", "compat", "layers"} <= entered
+    for folder, work in (
+        ("lora", {"adapters", "files", "merge", "originals", "sources", "spellings"}),
+        ("transition", {file.stem for file in (PACKAGE / "transition").glob("[a-z]*.py")}),
+    ):
+        assert {f"{folder}/{name}" for name in work} <= entered
+
+
 @pytest.mark.parametrize(("fuse", "keep"), [(True, "memory"), (True, "disk"), (False, "memory")])
 def test_accelerate_interrupted_at_any_line_leaves_the_pipe_as_it_was(fuse, keep, pipe, files):
     before = snapshot(pipe)
@@ -108,7 +137,7 @@ def test_accelerate_interrupted_at_any_line_leaves_the_pipe_as_it_was(fuse, keep
             lcmlora.restore(pipe)
         assert_same(before, snapshot(pipe))
 
-    assert every_line(work, check, stride=67 if fuse else 331) > 20
+    assert every_line(work, check, stride=17) > 20
     assert lcmlora.is_accelerated(pipe)
 
 
@@ -132,14 +161,14 @@ def test_accelerate_without_originals_interrupted_undoes_all_or_says_what_is_spo
             ends["spoiled"] += 1
             with pytest.raises(lcmlora.PipelineError, match="anew with from_pretrained"):
                 lcmlora.accelerate(pipe, lora=files / "whole.safetensors", keep=None)
-            del pipe.unet._lcmlora
+            put(pipe.unet, None)
             pipe.unet.load_state_dict(weights)
             assert_same(before, snapshot(pipe))
         else:
             ends["as it was"] += 1
             assert_same(before, snapshot(pipe))
 
-    every_line(work, check, stride=67)
+    every_line(work, check, stride=17)
     assert ends["as it was"] > 5
     assert ends["spoiled"] > 5
 
@@ -156,7 +185,7 @@ def test_restore_interrupted_at_any_line_is_finished_by_a_second_call(fuse, pipe
         lcmlora.accelerate(pipe, lora=files / "whole.safetensors", styles=styles, fuse=fuse)
 
     lcmlora.accelerate(pipe, lora=files / "whole.safetensors", styles=styles, fuse=fuse)
-    assert every_line(lambda: lcmlora.restore(pipe), check, stride=37 if fuse else 149) > 8
+    assert every_line(lambda: lcmlora.restore(pipe), check, stride=17) > 8
     assert_same(before, snapshot(pipe))
 
 
@@ -174,7 +203,7 @@ def test_set_styles_interrupted_at_any_line_leaves_the_styles_as_they_were(fuse,
         assert_same(before, snapshot(pipe))
 
     wanted = {"own": 0.2, "s": files / "style.safetensors"}
-    assert every_line(lambda: lcmlora.set_styles(pipe, wanted), check, stride=67 if fuse else 233) > 8
+    assert every_line(lambda: lcmlora.set_styles(pipe, wanted), check, stride=17) > 8
 
 
 def test_two_threads_take_turns_and_the_last_one_counts(pipe, files):

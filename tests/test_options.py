@@ -72,11 +72,12 @@ def test_it_takes_the_dtype_of_the_one_it_stands_for_and_encodes_too(vae_folder,
     assert torch.isfinite(drawn).all()
 
 
-def test_tiny_is_the_bases_own(vae_folder, lcm_file, monkeypatch):
+def test_tiny_is_the_bases_own(vae_folder, lcm_file, request):
     pipe = sd_pipe()
     mine = lcmlora.Base("mine", "Mine", 32, (8, 16), 0, str(lcm_file(pipe)), tiny_vae=str(vae_folder))
     mine = registry.dataclasses.replace(mine, layers=registry.structure_of(pipe.unet).layers)
-    monkeypatch.setitem(registry._registered, "mine", mine)
+    lcmlora.register(mine)
+    request.addfinalizer(lambda: lcmlora.unregister("mine"))
     lcmlora.accelerate(pipe, vae="tiny")
     assert isinstance(pipe.vae, AutoencoderTiny)
     with pytest.raises(lcmlora.BaseModelError, match=r"vae='fp16-fix': base 'mine' has none"):

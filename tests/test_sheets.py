@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 import lcmlora
-from conftest import sd_pipe
+from conftest import sd_pipe, sdxl_pipe, snapshot
+from lcmlora import sheets
 
 SMALL = {"height": 16, "width": 16}
 
@@ -59,6 +62,72 @@ def test_compare_gives_the_pipe_back(lcm_file):
     lcmlora.accelerate(pipe, lora=lcm_file(pipe))
     with pytest.raises(lcmlora.PipelineError, match="restore"):
         lcmlora.compare(pipe, "a fox")
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda pipe: lcmlora.compare(pipe, "x", styles={}), r"'styles'. Is accelerate={'styles': ...} meant\?"),
+        (lambda pipe: lcmlora.compare(pipe, "x", gidance_scale=1), r"'gidance_scale'. Is guidance_scale meant\?"),
+        (lambda pipe: lcmlora.compare(pipe, "x", call={"heigth": 16}), r"'heigth'. Is height meant\?"),
+        (lambda pipe: lcmlora.compare(pipe, "x", accelerate={"stpes": 4}), r"'stpes'. Is steps meant\?"),
+        (lambda pipe: lcmlora.sweep_steps(pipe, "x", stpes=(1,)), r"call takes no argument 'stpes'."),
+        (lambda pipe: lcmlora.sweep_guidance(pipe, "x", num_infernce_steps=1), "Is num_inference_steps meant"),
+        (lambda pipe: sheets.sweep(pipe, "x", {"a": {}, "b": {"hight": 16}}), r"'hight'. Is height meant\?"),
+    ],
+)
+def test_an_unknown_argument_is_refused_before_the_first_picture(draw, words):
+    pipe = sd_pipe()
+    before, batches = snapshot(pipe), passes(pipe)
+    with pytest.raises(TypeError, match=words):
+        draw(pipe)
+    assert batches == []
+    assert not lcmlora.is_accelerated(pipe)
+    assert snapshot(pipe).keys() == before.keys()
+
+
+def test_an_argument_of_one_pipeline_alone_goes_into_call(pipe):
+    sheet = lcmlora.sweep_steps(pipe, "a fox", (1,), call={"output_type": "pil", "eta": 0.0}, **SMALL)
+    assert sheet.rows[0]["eta"] == 0.0
+
+
+def test_E9_rows_and_labels_say_what_ran(pipe):
+    batches = passes(pipe)
+    with pytest.warns(lcmlora.LcmLoraWarning, match="guidance_scale=7.5"):
+        sheet = lcmlora.sweep_guidance(pipe, ["a fox", "a cat"], (1, 2, 7.5), **SMALL)
+    assert [row["guidance_scale"] for row in sheet.rows] == [1, 2, 2] * 2
+    assert [row["num_inference_steps"] for row in sheet.rows] == [4] * 6
+    assert sheet.columns == ("guidance 1", "guidance 2", "guidance 7.5, ran 2")
+    assert [row["column"] for row in sheet.rows] == [*sheet.columns] * 2
+    assert sheet.seconds("guidance 7.5, ran 2") > 0
+    assert batches == ([1] * 4 + [2] * 8) * 2
+    assert sheet.images[1].tobytes() == sheet.images[2].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("strength", "ran", "columns"),
+    [(0.5, [2, 4], ("2 steps", "4 steps")), (0.04, [2, 2], ("2 steps", "4 steps, ran 2"))],
+)
+def test_E9_rows_say_how_many_steps_ran_at_a_strength(strength, ran, columns, lcm_file):
+    pipe = sd_pipe(cls=StableDiffusionImg2ImgPipeline)
+    lcmlora.accelerate(pipe, lora=lcm_file(pipe))
+    batches, picture = passes(pipe), Image.new("RGB", (16, 16), "teal")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lcmlora.LcmLoraWarning)
+        sheet = lcmlora.sweep_steps(pipe, "a fox", (2, 4), image=picture, strength=strength)
+    assert len(batches) == sum(ran)
+    assert [row["num_inference_steps"] for row in sheet.rows] == ran
+    assert sheet.columns == columns
+
+
+def test_E9_a_split_counts_the_steps_of_its_side(lcm_file):
+    pipe = sdxl_pipe()
+    lcmlora.accelerate(pipe, lora=lcm_file(pipe))
+    batches = passes(pipe)
+    call = {"denoising_end": 0.5, "output_type": "pil"}
+    sheet = lcmlora.sweep_steps(pipe, "a fox", (8,), call=call)
+    assert sheet.rows[0]["num_inference_steps"] == len(batches) < 8
+    assert sheet.columns == (f"8 steps, ran {len(batches)}",)
 
 
 def test_the_sheet_shows_each_picture_in_its_place(pipe):

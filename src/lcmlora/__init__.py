@@ -86,15 +86,17 @@ if TYPE_CHECKING:
     from .transition.target import Style as Style
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name's module only when the name is used: `import lcmlora` itself loads neither torch nor
-    diffusers.
-    """
-    if name not in _HOME:
-        raise AttributeError(f"module 'lcmlora' has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take it as a promise that any name exists
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name's module only when the name is used: `import lcmlora` itself loads neither torch nor
+        diffusers.
+        """
+        if name not in _HOME:
+            raise AttributeError(f"module 'lcmlora' has no attribute {name!r}")
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from .errors import PipelineError
 from .lora.originals import Keep
 from .lora.sources import Given, HubOptions, Source
 from .moving import move, require_originals
+from .parameters import block_of
 from .transition import transaction
 from .transition.records import (
     Content,
@@ -57,7 +59,7 @@ def accelerate(
     compile: Compile | Unset = UNSET,
     cache_prompts: int | Unset = UNSET,
     adapter_name: str | Unset = UNSET,
-    cache_dir: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Pipe:
@@ -231,24 +233,24 @@ def _orphans(pipe: Any) -> dict[str, ModuleRecord]:
 
 def _warn_of_replaced(pipe: Any, record: PipeRecord) -> None:
     """Tell of what somebody put into the pipe since: `restore` gives back what was found."""
-    made = record.made
+    made, found = record.made, record.found  # what is back already was put back by a restore that was interrupted
     for name, module in record.modules.items():
         if (here := uncompiled(getattr(pipe, name, None))) is not None and here is not module.module:
             warn(f"pipe.{name} was replaced while the pipe was accelerated: restore leaves the new one as it is.")
-    if not isinstance(pipe.scheduler, type(made.scheduler)):
+    if not isinstance(pipe.scheduler, type(made.scheduler)) and pipe.scheduler is not found.scheduler:
         warn(f"restore takes the {type(pipe.scheduler).__name__} out that was set while the pipe was accelerated.")
-    if made.vae is not record.found.vae and pipe.vae is not made.vae:
+    if made.vae is not found.vae and pipe.vae not in (made.vae, found.vae):
         warn("restore takes the VAE out that was set while the pipe was accelerated with another one.")
 
 
-@contextmanager
-def accelerated(pipe: Pipe, base: str | Unset = UNSET, **settings: Any) -> Iterator[Pipe]:
+@block_of(accelerate)
+def accelerated(pipe: Any, *args: Any, **settings: Any) -> Iterator[Any]:
     """`accelerate`, same arguments, for the length of a `with` block; restores also when the block raises."""
     if pipe_record_of(pipe) is not None:
         raise PipelineError(
             "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."
         )
-    accelerate(pipe, base, **settings)
+    accelerate(pipe, *args, **settings)
     try:
         yield pipe
     finally:

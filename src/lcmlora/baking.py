@@ -94,7 +94,7 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
 
     Args:
         folder: as given to `bake`.
-        load: as for diffusers' `from_pretrained`, such as `torch_dtype`.
+        load: as for diffusers' `from_pretrained`, such as `dtype`.
 
     Returns:
         A pipeline of the class that was baked.

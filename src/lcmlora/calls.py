@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from diffusers import DiffusionPipeline
 
+from .compat import PROMPT_ENCODERS
 from .errors import CallError
 from .parameters import Parameters
 from .policy import Policy as Policy
@@ -40,7 +41,6 @@ _SYMPTOMS = re.compile(
 
 
 _PLAIN = "_lcmlora_plain"
-_ENCODERS = ("encode_prompt", "_encode_prompt")
 
 
 class Hooks(NamedTuple):
@@ -92,7 +92,7 @@ def governed(cls: type, hooks: Hooks) -> type:
     """
     members: dict[str, Any] = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
     members.update({name: _driven(cls, name, hooks) for name in methods_of(cls)})
-    members.update({name: _encoding(getattr(cls, name), hooks) for name in _ENCODERS if hasattr(cls, name)})
+    members.update({name: _encoding(getattr(cls, name), hooks) for name in PROMPT_ENCODERS if hasattr(cls, name)})
     # A copy, or a pickle, is made of the plain class and the state: this class can't be found by its name.
     members["__reduce_ex__"] = lambda self, protocol: (_rebuild, (cls, hooks), self.__dict__)
     members[_PLAIN] = cls
@@ -162,6 +162,8 @@ def _call(
         finally:  # an interruption between the two lines above loses nothing
             del calls[depth:]
         policy.ran_unguided |= call.unguided
+        if not outer:
+            policy.ran = call.ran
         return result
 
 

@@ -14,6 +14,8 @@ PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded", "_weight_conversions", "l
 """What PEFT, diffusers and transformers set on a model that has adapters, or had one fused."""
 FUSED = "_merged_adapters"
 """Where a pipeline notes which adapters `fuse_lora` merged."""
+PROMPT_ENCODERS = ("encode_prompt", "_encode_prompt")
+"""A pipeline's methods that make embeddings of a prompt."""
 _COMPILED = "_compiled_call_impl"  # where torch.nn.Module.compile puts its result
 _MODULE_STATE = frozenset(nn.Module().__dict__)
 
@@ -117,17 +119,23 @@ def adapter_state(wrapper: nn.Module) -> dict[str, Any]:
 
 
 def set_adapter_state(wrapper: nn.Module, state: Mapping[str, Any]) -> None:
-    """Bring a wrapper back to what `adapter_state` gave; dicts stay the same objects."""
-    for key, value in state.items():
-        container = wrapper._modules.get(key, wrapper.__dict__.get(key))
-        if isinstance(container, nn.ModuleDict):
-            container._modules.clear()
-            container._modules.update(value)
-        elif isinstance(container, nn.ParameterDict | dict | set):
-            container.clear()
-            container.update(value)
+    """Bring a wrapper back to what `adapter_state` gave; dicts stay the same objects.
+
+    An interruption must leave a wrapper that can be read: an adapter counts as there once `r` names it, and as a LoRA
+    once `lora_A` does, so these come last and go first.
+    """
+    last = ("r", "lora_A")
+    containers: dict[str, Any] = {}
+    for key in sorted(state, key=lambda key: last.index(key) if key in last else -1):
+        value, container = state[key], wrapper._modules.get(key, wrapper.__dict__.get(key))
+        if isinstance(container, nn.ModuleDict | nn.ParameterDict | dict | set):
+            containers[key] = container._modules if isinstance(container, nn.ModuleDict) else container
+            containers[key].update(value)
         else:  # a list of active adapters may be one object for many wrappers
             wrapper.__dict__[key] = value.copy() if isinstance(value, list) else value
+    for key, container in reversed(containers.items()):
+        for name in set(container) - set(state[key]):
+            container.discard(name) if isinstance(container, set) else container.pop(name)
 
 
 def adapters_in(wrapper: Any) -> set[str]:

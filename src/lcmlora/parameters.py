@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _STEPS = ("num_inference_steps", "steps", "num_steps", "inference_steps", "sampling_steps", "ddim_steps")
 _STRENGTH = ("strength", "noise_strength", "denoising_strength", "denoise_strength")
 _GUIDANCE = ("guidance_scale", "true_guidance_scale", "true_cfg_scale", "cfg_scale", "text_guidance_scale")
@@ -124,12 +128,45 @@ class Parameters:
             _is_picture(value) for name, value in given.items() if not _OTHER_PICTURE.search(name)
         )
 
-    def unknown(self, given: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-        """Arguments that nothing in the class names, each with the name that may be meant, or ""."""
-        if self.open:
-            for name in given.keys() - self.defaults.keys() - self.read:
-                near = [key for key in (self.steps, self.guidance) if key and name in key]
-                yield name, (near or difflib.get_close_matches(name, self.defaults, 1, 0.5) or [""])[0]
+    def unknown(self, given: Iterable[str]) -> Iterable[tuple[str, str]]:
+        """Arguments that the method does not take, each with the name that may be meant, or ""."""
+        for name in sorted(set(given) - self.defaults.keys() - (self.read if self.open else set())):
+            near = [key for key in (self.steps, self.guidance) if key and name in key]
+            yield name, near[0] if near else near_match(name, self.defaults)
+
+
+def near_match(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelt one may stand for, or ""."""
+    return (difflib.get_close_matches(name, known, 1, 0.5) or [""])[0]
+
+
+def refuse(name: str, owner: str, near: str) -> NoReturn:
+    """Say that there is no argument of that name.
+
+    Raises:
+        TypeError: always.
+    """
+    raise TypeError(f"{owner} takes no argument {name!r}.{f' Is {near} meant?' if near else ''}")
+
+
+def block_of(
+    verb: Callable[P, T],
+) -> Callable[[Callable[..., Iterator[Any]]], Callable[P, AbstractContextManager[T]]]:
+    """Make a context manager of a generator that takes the arguments of a verb. Others are refused at the call."""
+
+    def give(generator: Callable[..., Iterator[Any]]) -> Callable[P, AbstractContextManager[T]]:
+        @functools.wraps(generator)
+        def block(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
+            for name in kwargs.keys() - signature.parameters.keys():
+                refuse(name, generator.__name__, near_match(name, signature.parameters))
+            signature.bind(*args, **kwargs)
+            return contextmanager(generator)(*args, **kwargs)
+
+        signature = inspect.signature(verb)
+        block.__signature__ = signature.replace(return_annotation="AbstractContextManager[T]")  # type: ignore[attr-defined]
+        return block
+
+    return give
 
 
 def is_split(value: Any) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,16 +27,18 @@ _NEED_GUIDANCE = {"guidance_rescale", "image_guidance_scale", "editing_prompt", 
 
 
 class Call(NamedTuple):
-    """A call's arguments, completed, and two facts about them.
+    """A call's arguments, completed, and three facts about them.
 
     Attributes:
         args, kwargs: what the pipeline is called with.
+        ran: the steps that are run, and the guidance that is used, by their arguments' names.
         stretched: whether the steps were raised for a strength. A call inside this one must not raise them again.
         unguided: whether classifier-free guidance is off.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    ran: Mapping[str, Any] = MappingProxyType({})
     stretched: bool = False
     unguided: bool = False
 
@@ -60,6 +63,7 @@ class Policy:
     guidance: float | None = 1.0
     strict: bool = False
     enforce_inference_steps: bool = True
+    ran: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
     ran_unguided: bool = dataclasses.field(default=False, init=False, repr=False, compare=False)
     _told: set[str] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
 
@@ -93,22 +97,29 @@ class Policy:
         if given is None:
             return Call(args, kwargs)  # the pipeline's own TypeError says what is wrong
         changes: dict[str, Any] = {}
+        runs: dict[str, int] = {}
         stretched = any(outer)
         if takes.steps and given.get("timesteps") is None and given.get("sigmas") is None:
             value = given.get(takes.steps)
             wanted = self.steps if value is None else _whole(takes.steps, value)
-            changes[takes.steps] = self._steps(wanted, takes.strength_of(given), given, stretched)
-            stretched |= changes[takes.steps] != wanted
-            _check_denoising_split(given, changes[takes.steps], takes.strength_of(given), pipe)
+            strength = takes.strength_of(given)
+            asked, runs[takes.steps] = self._steps(wanted, strength, given, stretched)
+            changes[takes.steps] = asked
+            stretched |= asked != wanted
+            if is_split(given.get("denoising_start")) or is_split(given.get("denoising_end")):
+                runs[takes.steps] = _steps_in_split(given, asked, strength, pipe)
         if self.guidance is not None:
             changes.update(self._guidance(takes, given))
         unguided = takes.guidance is not None and _is_off(changes.get(takes.guidance, given.get(takes.guidance)))
         if not outer:
             self._tell_what_is_lost(takes, given, unguided, pipe)
-        return Call(*takes.replaced(args, kwargs, changes), stretched, unguided)
+        return Call(*takes.replaced(args, kwargs, changes), {**changes, **runs}, stretched, unguided)
 
-    def _steps(self, wanted: int, strength: float | None, given: dict[str, Any], stretched: bool) -> int:
-        """The number that makes the pipeline run `wanted` steps, or as many as fit. `stretched`: it does already."""
+    def _steps(self, wanted: int, strength: float | None, given: dict[str, Any], stretched: bool) -> tuple[int, int]:
+        """The number that makes the pipeline run `wanted` steps, or as many as fit, and how many are run.
+
+        `stretched`: it does already.
+        """
         if given.get("enforce_inference_steps") or stretched:  # the former is AnimateDiff's own way to the same end
             strength = None
         asked = runs = wanted
@@ -131,7 +142,7 @@ class Policy:
                 "steps",
                 f"num_inference_steps={wanted}: an LCM-LoRA is best at 4 to {GOOD_STEPS} steps and gets worse above.",
             )
-        return asked
+        return asked, runs
 
     def _guidance(self, takes: Parameters, given: dict[str, Any]) -> dict[str, Any]:
         """Guidance where none was given, clamped where it was; the same for second arguments of the same meaning."""
@@ -236,14 +247,14 @@ def lcm_timesteps(scheduler: Any, steps: int) -> list[int]:
     return [int(t) for t in own.timesteps]
 
 
-def _check_denoising_split(given: Mapping[str, Any], steps: int, strength: float | None, pipe: Any) -> None:
-    """Refuse a split between two pipelines that leaves this one no step (SDXL, get_timesteps; pipeline_..._xl, l.
-    1195).
+def _steps_in_split(given: Mapping[str, Any], steps: int, strength: float | None, pipe: Any) -> int:
+    """How many steps a split between two pipelines leaves this one (SDXL, get_timesteps; pipeline_..._xl, l. 1195).
+
+    Raises:
+        CallError: none.
     """
     split = (given.get("denoising_start"), given.get("denoising_end"))
     start, end = (value if is_split(value) else None for value in split)
-    if start is None and end is None:
-        return
     timesteps = lcm_timesteps(pipe.scheduler, steps)
     if strength is not None:
         timesteps = timesteps[steps - min(int(steps * strength), steps) :]
@@ -258,6 +269,7 @@ def _check_denoising_split(given: Mapping[str, Any], steps: int, strength: float
             f"denoising_start={start!r}, denoising_end={end!r}: none of the {steps} LCM timesteps {timesteps} "
             "lies there. Pass more num_inference_steps, or split elsewhere."
         )
+    return len(left)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .acceleration import accelerated
+from .calls import plain
 from .errors import PipelineError
+from .parameters import Parameters, refuse
 from .state import is_accelerated, status
+from .transition.records import pipe_record_of
 
 SEED = 1337
 LCM_STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -107,6 +111,53 @@ def _fitted(text: str, font: Any, width: int) -> str:
     return text
 
 
+class CallArguments(TypedDict, total=False):
+    """The arguments of most pipelines' calls. Those that are one pipeline's own go into `call={...}`."""
+
+    negative_prompt: str | list[str] | None
+    num_inference_steps: int
+    guidance_scale: float | None
+    guidance_rescale: float
+    height: int | None
+    width: int | None
+    image: Any
+    mask_image: Any
+    control_image: Any
+    ip_adapter_image: Any
+    strength: float
+    controlnet_conditioning_scale: Any
+    cross_attention_kwargs: dict[str, Any] | None
+    clip_skip: int | None
+
+
+def _checked(
+    pipe: Any,
+    cells: Iterable[Mapping[str, Any]],
+    call: Mapping[str, Any] | None,
+    more: Mapping[str, Any],
+    settings: Collection[str] = (),
+) -> dict[str, Any]:
+    """The arguments that all cells have in common; theirs and these have to be the pipeline's, and not `settings`.
+
+    Raises:
+        PipelineError: it can't be called.
+        TypeError: it takes no such argument.
+    """
+    if not callable(pipe):
+        raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws.")
+    common = {**(call or {}), **more}
+    takes = Parameters.of(plain(type(pipe)), "__call__")
+    for name, near in takes.unknown({"prompt", "generator", *common}.union(*cells)):
+        refuse(name, f"{takes.owner}'s call", f"accelerate={{{name!r}: ...}}" if name in settings else near)
+    return common
+
+
+def _label(label: str, asked: Mapping[str, Any], ran: Mapping[str, Any]) -> str:
+    """The column's label; with what ran in its place, where that is something else than what the column asks for."""
+    other = [f"{ran[name]:g}" for name in asked if isinstance(ran.get(name), int | float) and ran[name] != asked[name]]
+    return ", ran ".join((label, *other))
+
+
 def sweep(
     pipe: Any,
     prompts: str | Sequence[str],
@@ -114,7 +165,8 @@ def sweep(
     *,
     seed: int = SEED,
     title: str = "",
-    **call: Any,
+    call: Mapping[str, Any] | None = None,
+    **more: Unpack[CallArguments],
 ) -> Sheet:
     """One picture for each prompt (row) and each cell (column): `cells` maps labels to the arguments in which columns
     differ.
@@ -128,22 +180,30 @@ def sweep(
         cells: label -> keyword arguments of the pipe's call.
         seed: of every picture.
         title: a line above the sheet.
-        call: further arguments of every call.
+        call, more: further arguments of every call. Those that only some pipelines take go into `call`.
+
+    Returns:
+        The sheet. Its rows have the steps and guidance that ran; where a column asks for others, its label tells.
+
+    Raises:
+        TypeError: the pipeline takes no such argument. Nothing is drawn then.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     active = status(pipe).to_dict()
+    common = _checked(pipe, cells.values(), call, more)
     images, rows = [], []
     for prompt in prompts:
         for label, arguments in cells.items():
-            settings = {**call, **arguments}
+            settings = {**common, **arguments}
             began = time.perf_counter()
             image = pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **settings).images[0]
             seconds = time.perf_counter() - began
+            ran = record.settings.policy.ran if (record := pipe_record_of(pipe)) else {}
+            row = {"prompt": prompt, "column": _label(label, arguments, ran), "seed": seed, "seconds": seconds}
             images.append(image)
-            rows.append(
-                {"prompt": prompt, "column": label, "seed": seed, "seconds": seconds, **settings, "status": active}
-            )
-    return Sheet(tuple(images), tuple(rows), tuple(cells), tuple(prompts), title)
+            rows.append({**row, **settings, **ran, "status": active})
+    columns = tuple(row["column"] for row in rows[: len(cells)])
+    return Sheet(tuple(images), tuple(rows), columns, tuple(prompts), title)
 
 
 def sweep_steps(
@@ -153,7 +213,8 @@ def sweep_steps(
     *,
     seed: int = SEED,
     title: str = "",
-    **call: Any,
+    call: Mapping[str, Any] | None = None,
+    **more: Unpack[CallArguments],
 ) -> Sheet:
     """The same pictures over steps: 1 to 8 for an accelerated pipe, 1 to 50 for another, unless `steps` says
     otherwise.
@@ -163,7 +224,7 @@ def sweep_steps(
     steps = tuple(steps or (LCM_STEPS if is_accelerated(pipe) else BASE_STEPS))
     kind = "LCM-LoRA" if is_accelerated(pipe) else type(pipe.scheduler).__name__.removesuffix("Scheduler")
     cells = {f"{count} step{'s' * (count > 1)}": {"num_inference_steps": count} for count in steps}
-    return sweep(pipe, prompts, cells, seed=seed, title=title or f"{kind} over steps", **call)
+    return sweep(pipe, prompts, cells, seed=seed, title=title or f"{kind} over steps", call=call, **more)
 
 
 def sweep_guidance(
@@ -173,15 +234,18 @@ def sweep_guidance(
     *,
     seed: int = SEED,
     title: str = "",
-    **call: Any,
+    call: Mapping[str, Any] | None = None,
+    **more: Unpack[CallArguments],
 ) -> Sheet:
     """The same pictures over guidance scales. Pass `negative_prompt` to see it come alive above 1.
 
-    An accelerated pipe clamps guidance to 2; accelerate it with guidance=None to see what larger scales would do.
+    An accelerated pipe clamps guidance to 2, and the column says so; accelerate it with guidance=None to see what
+    larger scales would do.
+
     Args and returns: see `sweep`.
     """
     cells = {f"guidance {scale:g}": {"guidance_scale": scale} for scale in guidance}
-    return sweep(pipe, prompts, cells, seed=seed, title=title or "over guidance", **call)
+    return sweep(pipe, prompts, cells, seed=seed, title=title or "over guidance", call=call, **more)
 
 
 def compare(
@@ -194,7 +258,8 @@ def compare(
     seed: int = SEED,
     title: str = "",
     accelerate: Mapping[str, Any] | None = None,
-    **call: Any,
+    call: Mapping[str, Any] | None = None,
+    **more: Unpack[CallArguments],
 ) -> Sheet:
     """With and without, side by side: the pipe as it is at `base_steps`, then accelerated at `steps`. The pipe is
     given back.
@@ -208,17 +273,19 @@ def compare(
         seed: of every picture.
         title: a line above the sheet.
         accelerate: arguments of `lcmlora.accelerate`.
-        call: further arguments of every call.
+        call, more: further arguments of every call, as for `sweep`.
 
     Raises:
         PipelineError: the pipe is accelerated already.
+        TypeError: neither `accelerate` nor the pipeline takes such an argument. Nothing is drawn then.
     """
     if is_accelerated(pipe):
         raise PipelineError("compare needs the pipe as it was: lcmlora.restore(pipe) first.")
-    plain = dict(call) if base_guidance is None else {**call, "guidance_scale": base_guidance}
-    cells = {f"base, {count} steps": {"num_inference_steps": count} for count in base_steps}
-    without = sweep(pipe, prompts, cells, seed=seed, title=title or "without and with the LCM-LoRA", **plain)
-    with accelerated(pipe, **(accelerate or {})):
-        return without + sweep(
-            pipe, prompts, {f"LCM, {steps} steps": {"num_inference_steps": steps}}, seed=seed, **call
-        )
+    fast = accelerated(pipe, **(accelerate or {}))  # a misspelt setting is refused here, before anything is drawn
+    base = {} if base_guidance is None else {"guidance_scale": base_guidance}
+    cells = {f"base, {count} steps": {"num_inference_steps": count, **base} for count in base_steps}
+    common = _checked(pipe, cells.values(), call, more, inspect.signature(accelerated).parameters)
+    without = sweep(pipe, prompts, cells, seed=seed, title=title or "without and with the LCM-LoRA", call=common)
+    with fast:
+        lcm = {f"LCM, {steps} steps": {"num_inference_steps": steps}}
+        return without + sweep(pipe, prompts, lcm, seed=seed, call=common)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
-from types import FrameType
 
 from .errors import LcmLoraWarning
 
@@ -15,7 +14,7 @@ the community pipelines that diffusers loads."""
 
 def warn(message: str) -> None:
     """Warn with `LcmLoraWarning`, at the innermost line that is neither this package's nor the frameworks'."""
-    frame: FrameType | None = sys._getframe()
+    frame = inspect.currentframe()
     depth = 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, depth = frame.f_back, depth + 1

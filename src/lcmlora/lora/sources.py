@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..compat import version_of
 from ..errors import LoraFileError
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -224,7 +225,7 @@ class Tensors:
 
     def _written(self) -> list[int]:
         """How often each tensor was written to."""
-        return [0 if tensor.is_inference() else tensor._version for tensor in self._tensors.values()]
+        return [version_of(tensor) for tensor in self._tensors.values()]
 
     def changed(self) -> bool:
         """Whether a tensor was written to since."""

@@ -1,0 +1,77 @@
+"""Every public name in use, for a type checker: `test_typed.py` runs mypy --strict on it, and nothing runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lcmlora
+from lcmlora.testing import tiny_lora, tiny_pipeline
+
+
+class Pipeline:
+    """Stands for a pipeline class: what goes in comes out."""
+
+    def draw(self) -> None: ...
+
+
+def whole_life(pipe: Pipeline, folder: Path) -> None:
+    paper = lcmlora.Style(folder / "paper.safetensors", 0.8, "paper.safetensors", subfolder="loras", revision="main")
+    fast: Pipeline = lcmlora.accelerate(pipe, "sdxl", styles={"ink": "ink.safetensors", "paper": paper}, steps=6)
+    fast.draw()
+    lcmlora.accelerate(pipe, weight=0.9, keep="disk", fuse=True, guidance=None, vae="tiny", compile="regional").draw()
+    lcmlora.set_styles(pipe, {"ink": 0.5, "paper": paper}).draw()
+    with lcmlora.styled(pipe, {"ink": 1.0}) as styled:
+        styled.draw()
+    lcmlora.restore(pipe, force=True).draw()
+    with lcmlora.accelerated(pipe, "sd15", steps=4, cache_dir=folder, token=True, local_files_only=True) as inside:
+        inside.draw()
+    if lcmlora.is_accelerated(pipe):
+        baked: Path = lcmlora.bake(pipe, folder, overwrite=True)
+        lcmlora.load_baked(baked, dtype=None)
+
+
+def what_there_is(pipe: Pipeline, file: Path) -> tuple[str | None, float | None, dict[str, Any]]:
+    status: lcmlora.Status = lcmlora.status(pipe)
+    info: lcmlora.LoraInfo = lcmlora.inspect_lora(
+        file, subfolder="a", revision="main", cache_dir="hub", token="t", local_files_only=False
+    )
+    ranks: tuple[int, ...] = info.ranks
+    found: lcmlora.Base = lcmlora.detect_base(pipe)
+    own = lcmlora.Base("own", "My own", 768, (320, 640), 278, lora="me/lora", weight=0.8, rank=max(ranks))
+    lcmlora.register(own)
+    assert found in lcmlora.bases()
+    assert lcmlora.unregister("own") == own
+    return status.base, status.weight, status.to_dict()
+
+
+def sheets(pipe: Pipeline) -> lcmlora.Sheet:
+    steps = lcmlora.sweep_steps(pipe, ["a fox"], (1, 2), seed=1, height=64, width=64)
+    guidance = lcmlora.sweep_guidance(pipe, "a fox", negative_prompt="blurred", call={"eta": 0.0})
+    both = lcmlora.compare(pipe, "a fox", steps=4, base_steps=(4, 25), accelerate={"guidance": 1.5})
+    both.save("sheets", "compare")
+    return steps + guidance
+
+
+def own_lora(data: Path) -> Path:
+    teacher = lcmlora.load_pocket("chalk")
+    return lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))
+
+
+def refusals(pipe: Pipeline) -> str:
+    try:
+        lcmlora.accelerate(pipe)
+    except (lcmlora.PipelineError, lcmlora.BaseModelError, lcmlora.LoraFileError, lcmlora.LoraMismatchError) as error:
+        return str(error)
+    except (lcmlora.CallError, lcmlora.DataError) as error:
+        return str(error)
+    except lcmlora.LcmLoraError as error:
+        return str(error)
+    except lcmlora.LcmLoraWarning as warning:
+        return str(warning)
+    return lcmlora.__version__
+
+
+def tests_of_others(folder: Path) -> None:
+    pipe = tiny_pipeline("sdxl", seed=1, in_channels=4)
+    tiny_lora(pipe, folder / "lcm.safetensors", rank=4, only=lambda name: name.endswith("to_q"), spelling="peft")
