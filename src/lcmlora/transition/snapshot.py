@@ -37,12 +37,14 @@ class Component:
         index: its layers and PEFT's wrappers, walked over once.
         adapters: what PEFT has in it now.
         record: what lcmlora did to it, through whichever pipe; None for nothing.
+        sources: the folders or repositories that it may have been loaded from.
     """
 
     name: str
     index: ModuleIndex
     adapters: Adapters
     record: ModuleRecord | None
+    sources: tuple[str, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -100,7 +102,8 @@ class Snapshot:
             module = compat.uncompiled(getattr(pipe, name, None))
             if isinstance(module, nn.Module):
                 index = ModuleIndex.of(module)
-                components[name] = Component(name, index, Adapters(index), module_record_of(module))
+                sources = compat.name_or_path(module), compat.name_or_path(pipe)  # a UNetMotionModel forgets its own
+                components[name] = Component(name, index, Adapters(index), module_record_of(module), sources)
         return Snapshot(pipe, pipe_record_of(pipe), components)
 
     @property
