@@ -110,6 +110,15 @@ def with_negative_zero(tmp_path):
     return load(tmp_path / "saved")
 
 
+def inference_tensors(tmp_path):
+    pipe = load(saved(tmp_path))
+    with torch.inference_mode():
+        for layer in lcm_layers(pipe.unet).values():
+            layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
+    assert layer.weight.is_inference()
+    return pipe
+
+
 def channels_last(tmp_path):
     pipe = load(saved(tmp_path))
     pipe.unet.to(memory_format=torch.channels_last)
@@ -130,6 +139,7 @@ LOADED = {
     "components from the hub": lambda path: from_parts(path, in_the_hubs_cache(path)),
     "other text encoder keys": with_prefix,
     "-0.0": with_negative_zero,
+    "inference tensors": inference_tensors,
     "channels_last": channels_last,
     "deep copy": lambda path: deepcopy(load(saved(path))),
 }

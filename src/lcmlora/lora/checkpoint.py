@@ -44,7 +44,7 @@ class Checkpoint:
         key = _plain(f"{name}.weight")
         entries = [(file, *file.entries[key]) for file in self._files if key in file.entries]
         for file, place, dtype, shape in sorted(entries, key=lambda entry: entry[2] != parameter.dtype):
-            if shape == parameter.shape:
+            if shape == parameter.shape and parameter.numel():
                 stored = Stored(file, place, dtype, parameter)
                 with suppress(OSError):
                     if stored.is_in(parameter):
