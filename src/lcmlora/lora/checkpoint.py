@@ -91,7 +91,7 @@ class Stored:
         """
         weight, sums = parameter.detach().view(_BITS[self._cast.itemsize]), list[int]()
         for rows, piece in self._pieces(sums):
-            if not torch.equal(piece.to(weight.device).view(weight.dtype), weight[rows]):
+            if not _equal(piece.to(weight.device).view(weight.dtype), weight[rows]):
                 return False
         (self._checksum,) = sums
         return True
@@ -197,6 +197,13 @@ def _open(path: Path) -> _File | None:
 
 def _plain(key: str) -> str:
     return key.removeprefix(_OPTIONAL)
+
+
+def _equal(piece: torch.Tensor, weight: torch.Tensor) -> bool:
+    """torch.equal, in words of eight bytes where both consist of them: that takes a third of the time."""
+    if weight.is_contiguous() and not (weight.nbytes % 8 or weight.storage_offset() * weight.itemsize % 8):
+        piece, weight = piece.view(-1).view(torch.int64), weight.view(-1).view(torch.int64)
+    return torch.equal(piece, weight)
 
 
 def _added(checksum: int, piece: torch.Tensor) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import nn
 
@@ -236,7 +235,8 @@ def not_in_memory(component: Component) -> str | None:
             "memory."
         )
     for layer_name, layer in component.index.layers.items():
-        if isinstance(layer.weight, torch.Tensor) and layer.weight.device.type == "meta":
+        weight = compat.own_parameters(layer).get("weight")
+        if weight is not None and weight.is_meta:
             return (
                 f"the weights of this pipe's {name} are off-loaded ({layer_name} is on the meta device): accelerate "
                 "the pipe before enable_sequential_cpu_offload(), or any other off-loading of single layers. "

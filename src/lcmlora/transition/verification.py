@@ -59,7 +59,7 @@ def examine(component: Component) -> Findings:
         )
     unreadable = record.originals.unreadable()
     gone = [name for name, parameter in record.parameters.items() if id(parameter) in unreadable]
-    here = {name: getattr(layer, "weight", None) for name, layer in component.index.layers.items()}
+    here = {name: compat.own_parameters(layer).get("weight") for name, layer in component.index.layers.items()}
     moved, lost, real = [], [], {}
     for name, old in record.parameters.items():
         now = here.get(name)
