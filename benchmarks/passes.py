@@ -1,14 +1,16 @@
 """What one UNet pass costs, bare and accelerated, and what lcmlora adds to a call.
 
-    python benchmarks/passes.py [--repeats 9]
+    python benchmarks/passes.py [--repeats 9] [--calls-only]
 
 SD 1.5's UNet, 64 x 64 latents, bfloat16. Bare; the LCM-LoRA as a PEFT adapter; it and one style; merged, with one
-style and with three. All of them take turns in one process. The call: a pipeline whose own `__call__` does nothing.
+style and with three. All of them take turns in one process. The call: a pipeline whose own `__call__` does nothing,
+around the embedded model and around SDXL's UNet.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -16,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 import lcmlora
 from shapes import build, in_attention, interleaved, save, summary, write_lora
 
 
-class Silent(StableDiffusionPipeline):
-    """Does nothing when it is called."""
+class Silent:
+    """A pipeline that does nothing when it is called."""
 
     def __call__(
         self,
@@ -36,6 +38,14 @@ class Silent(StableDiffusionPipeline):
         **others: Any,
     ) -> None:
         return None
+
+
+class SilentSD(Silent, StableDiffusionPipeline):
+    pass
+
+
+class SilentXL(Silent, StableDiffusionXLPipeline):
+    pass
 
 
 def passes(folder: Path, repeats: int) -> dict[str, Any]:
@@ -68,10 +78,8 @@ def passes(folder: Path, repeats: int) -> dict[str, Any]:
     return {name: {**summary(t), "ratio": ratios[name]} for name, t in times.items()}
 
 
-def per_call(calls: int = 300) -> float:
+def per_call(pipe: Any, calls: int = 300, **options: Any) -> float:
     """Seconds that lcmlora adds to a call."""
-    pocket = lcmlora.load_pocket()
-    pipe = Silent(**pocket.components, requires_safety_checker=False)
 
     def seconds_a_call() -> float:
         began = time.perf_counter()
@@ -80,17 +88,26 @@ def per_call(calls: int = 300) -> float:
         return (time.perf_counter() - began) / calls
 
     plain = min(seconds_a_call() for _ in range(5))
-    lcmlora.accelerate(pipe)
+    lcmlora.accelerate(pipe, **options)
     return min(seconds_a_call() for _ in range(5)) - plain
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--calls-only", action="store_true", help="no passes; the figures are shown alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = {"passes": passes(Path(folder), args.repeats), "seconds_added_per_call": per_call()}
-    save("passes", result)
+        pocket = SilentSD(**lcmlora.load_pocket().components, requires_safety_checker=False)
+        result = {"seconds_added_per_call": per_call(pocket)}
+        xl = SilentXL(**build("sdxl").components, add_watermarker=False)
+        lora = write_lora(xl.unet, Path(folder) / "xl.safetensors")
+        result["seconds_added_per_call_sdxl"] = per_call(xl, lora=lora, keep=None)
+        del xl
+        if args.calls_only:
+            print(json.dumps(result, indent=1))
+        else:
+            save("passes", {"passes": passes(Path(folder), args.repeats), **result})
 
 
 if __name__ == "__main__":

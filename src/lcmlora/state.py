@@ -36,7 +36,7 @@ class Status:
         scheduler: the scheduler's class name.
         steps, guidance: what a call gets that passes none. None if not accelerated, or left to the caller.
         keep: where the merged layers' originals are: "memory", "disk", "source" or None.
-        kept_bytes: how many bytes they take there.
+        kept_bytes: how many bytes they take there; with "source", those that are not in a file and wait in memory.
     """
 
     accelerated: bool

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import PipelineError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Stored, in_memory
 
 Keep = Literal["memory", "disk", "source", None]
 KEEPS = ("memory", "disk", "source", None)
@@ -30,15 +30,15 @@ class Originals:
         keep: "memory" copies them to host memory, "disk" to a temporary file that is mapped when it is read, "source"
             reads those that stand in the model's own file from there and copies the rest to host memory, None keeps
             nothing: then there is no way back from the first change on, which `lost` says.
-        module: the model that they belong to.
+        sources: the folders or repositories that the model may come from.
     """
 
-    def __init__(self, keep: Keep, module: nn.Module | None = None) -> None:
+    def __init__(self, keep: Keep, sources: Iterable[str] = ()) -> None:
         self.keep = keep
         self._store: _Memory | _Disk | None = None
         if keep:
             self._store = _Disk() if keep == "disk" else _Memory()
-        self._source = Checkpoint(module) if keep == "source" and module is not None else None
+        self._source = Checkpoint(sources) if keep == "source" else None
         self._kept: dict[int, tuple[nn.Parameter, Any]] = {}
         self.bytes = 0
         self.lost = False
@@ -51,13 +51,17 @@ class Originals:
         """
         if self._store is None:
             return
-        new = {name: parameter for name, parameter in parameters.items() if id(parameter) not in self._kept}
+        size = 0
+        for name, parameter in parameters.items():
+            if id(parameter) in self._kept:
+                continue
+            if self._source is not None and (same := self._source.find(name, parameter)) is not None:
+                self._kept[id(parameter)] = (parameter, same)
+            else:
+                size += _room(parameter)
         if self._source is not None:
-            for name, parameter in list(new.items()):
-                if (same := self._source.find(name, parameter)) is not None:
-                    self._kept[id(parameter)] = (parameter, same)
-                    del new[name]
-        self._store.reserve(sum(_room(parameter) for parameter in new.values()))
+            self._source.close_others()
+        self._store.reserve(size)
 
     def of(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
         """The weight as it was, about to be changed; kept from the first time on that it is asked for."""
@@ -68,7 +72,11 @@ class Originals:
             self._kept[id(parameter)] = (parameter, self._store.save(parameter.detach()))
             self.bytes += parameter.nbytes
             return parameter  # as it is still unchanged, it need not come back from host memory or disk
-        return self._read(self._kept[id(parameter)][1]).to(parameter.device, parameter.dtype)
+        token = self._kept[id(parameter)][1]
+        if isinstance(token, Stored):  # into the weight itself: no layer is in memory twice
+            token.copy_into(parameter)
+            return parameter
+        return self._read(token).to(parameter.device, parameter.dtype)
 
     def _read(self, token: Any) -> torch.Tensor:
         if isinstance(token, torch.Tensor):
@@ -84,7 +92,11 @@ class Originals:
         """Put one original back, if it was ever changed and kept."""
         if id(parameter) in self._kept:
             mode = torch.inference_mode if parameter.is_inference() else torch.no_grad
-            mode()(parameter.copy_)(self._read(self._kept[id(parameter)][1]))
+            token = self._kept[id(parameter)][1]
+            if isinstance(token, Stored):
+                mode()(token.copy_into)(parameter)
+            else:
+                mode()(parameter.copy_)(self._read(token))
 
     def put_all_back(self) -> None:
         """Put every original back that is kept. Doing it twice does no harm."""
@@ -101,9 +113,21 @@ class Originals:
         for parameter in parameters:
             self._kept.pop(id(parameter), None)
 
-    def why_unreadable(self) -> str | None:
-        """Why the originals can't be read any more; None where they can."""
-        return self._source.why_changed() if self._source is not None else None
+    def why_cut(self) -> str | None:
+        """Which file of originals was cut short, in words; None where none was. Cheap, and reads no weight."""
+        return self._source.why_cut() if self._source is not None else None
+
+    def unreadable(self) -> dict[int, str]:
+        """The weights whose originals can't be read any more, by id, with the reason in words. It reads no weight."""
+        stored = {key: token for key, (_, token) in self._kept.items() if isinstance(token, Stored)}
+        gone: dict[int, str] = {}
+        for file in {token.file for token in stored.values()}:
+            lost = file.changed([token for token in stored.values() if token.file is file])
+            why = file.why_changed()
+            gone |= {key: why for key, token in stored.items() if token in lost}
+            if file.is_cut():  # and the model itself may be mapped from it
+                gone |= {key: why for key, (parameter, _) in self._kept.items() if not in_memory(parameter)}
+        return gone
 
     def forget(self) -> None:
         """Drop the originals; there is no way back then. A deep copy may go on with the same store."""

@@ -339,14 +339,14 @@ def views(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The places that `sampled` looks at, on a diagonal, without copying. Weights of unknown kinds have none."""
     found = {}
     for name, parameter in parameters.items():
-        if type(parameter) is not nn.Parameter or parameter.device.type == "meta" or not parameter.numel():
+        if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
             continue
-        weight = parameter.detach()
-        if weight.ndim < 2:
-            found[name] = weight.flatten()[:_SAMPLES]
+        if parameter.ndim < 2:
+            found[name] = parameter.data.flatten()[:_SAMPLES]
             continue
-        count = min(_SAMPLES, *weight.shape[:2])
-        step = sum(weight.stride(d) * (weight.shape[d] // count) for d in (0, 1))
-        middle = sum(weight.stride(d) * (weight.shape[d] // 2) for d in range(2, weight.ndim))
-        found[name] = weight.as_strided((count,), (step,), weight.storage_offset() + middle)
+        (rows, columns, *inner), (down, right, *strides) = parameter.shape, parameter.stride()
+        count = min(_SAMPLES, rows, columns)
+        step = down * (rows // count) + right * (columns // count)
+        middle = sum(stride * (size // 2) for size, stride in zip(inner, strides, strict=True))
+        found[name] = parameter.data.as_strided((count,), (step,), parameter.storage_offset() + middle)
     return found

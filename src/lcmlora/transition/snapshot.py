@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import nn
 
@@ -37,12 +36,14 @@ class Component:
         index: its layers and PEFT's wrappers, walked over once.
         adapters: what PEFT has in it now.
         record: what lcmlora did to it, through whichever pipe; None for nothing.
+        sources: the folders or repositories that it may have been loaded from.
     """
 
     name: str
     index: ModuleIndex
     adapters: Adapters
     record: ModuleRecord | None
+    sources: tuple[str, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -106,7 +107,8 @@ class Snapshot:
             once = all(module is not other.module for other in components.values())  # SDXL's encoders may be one
             if isinstance(module, nn.Module) and once:
                 index = ModuleIndex.of(module)
-                components[name] = Component(name, index, Adapters(index), module_record_of(module))
+                sources = compat.name_or_path(module), compat.name_or_path(pipe)  # a UNetMotionModel forgets its own
+                components[name] = Component(name, index, Adapters(index), module_record_of(module), sources)
         return Snapshot(pipe, pipe_record_of(pipe), components)
 
     @property
@@ -251,7 +253,8 @@ def not_in_memory(component: Component) -> str | None:
             "memory."
         )
     for layer_name, layer in component.index.layers.items():
-        if isinstance(layer.weight, torch.Tensor) and layer.weight.device.type == "meta":
+        weight = compat.own_parameters(layer).get("weight")
+        if weight is not None and weight.is_meta:
             return (
                 f"the weights of this pipe's {name} are off-loaded ({layer_name} is on the meta device): accelerate "
                 "the pipe before enable_sequential_cpu_offload(), or any other off-loading of single layers. "

@@ -101,7 +101,7 @@ def change(record: ModuleRecord, component: Component, content: Content, keep: A
     if content.merged:
         component.adapters.unwrap()
         if not stays_merged:
-            record.originals = Originals(keep, component.module)
+            record.originals = Originals(keep, component.sources)
         merge(component.index.layers, content.loras, content.weights, record.originals)
     elif content.touched:
         if old.merged:

@@ -57,8 +57,8 @@ def examine(component: Component) -> Findings:
             f"the weights of this pipe's {component.name} were off-loaded since (they are on the meta device or on "
             "disk): call pipe.remove_all_hooks(), or switch the off-loading off, first."
         )
-    if why := record.originals.why_unreadable():
-        return Findings(f"{why}, so the originals are not there any more.")
+    unreadable = record.originals.unreadable()
+    gone = [name for name, parameter in record.parameters.items() if id(parameter) in unreadable]
     here = parameters_of(component.index)
     moved, lost, real = [], [], {}
     for name, old in record.parameters.items():
@@ -70,17 +70,27 @@ def examine(component: Component) -> Findings:
         if now is not old:
             moved.append(name)
     changed: set[str] = set()
-    if record.content is not UNKNOWN:
+    if not gone and record.content is not UNKNOWN:
         changed = _changed(record, real) | (component.adapters.merged & real.keys())
     ours = _touched(record)
-    if not ours & changed.union(lost):  # what lcmlora did not change is the user's own to change
+    if not gone and not ours & changed.union(lost):  # what lcmlora did not change is the user's own to change
         return Findings(moved=tuple(name for name in moved if name not in changed))
     replaced = changed.intersection(moved)
     undone = {n for n in changed - replaced if record.originals.holds(record.parameters[n])}
     return Findings(
+        _without_originals(gone, next(iter(unreadable.values()), "")),
         moved=tuple(name for name in moved if name not in replaced),
         undone=tuple(sorted(undone)),
-        inexact=tuple(sorted((changed - undone) | (ours & set(lost)))),
+        inexact=tuple(sorted((changed - undone) | (ours & set(lost)) | set(gone))),
+    )
+
+
+def _without_originals(layers: list[str], why: str) -> str | None:
+    if not layers:
+        return None
+    return (
+        f"{why}, and the originals of {_some(layers)} were there alone. Load the pipe anew with from_pretrained; "
+        "lcmlora.restore(pipe, force=True) gives back what is left."
     )
 
 
@@ -245,6 +255,8 @@ def why_not_fast(pipe: Any, record: PipeRecord) -> str | None:
 def why_lora_is_off(unet: ModuleRecord) -> str | None:
     """What keeps the LCM-LoRA from working in a UNet, in words; None where nothing does."""
     applied, content = unet.applied, unet.content
+    if why := unet.originals.why_cut():  # the UNet may be mapped from it, and must not be looked at then
+        return f"{why}: load the pipe anew with from_pretrained"
     if content is UNKNOWN:
         return "a change of its LoRAs was stopped in the middle: lcmlora.accelerate(pipe) finishes it"
     if applied is None or not applied.weight:
