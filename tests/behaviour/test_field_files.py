@@ -23,7 +23,7 @@ from torch import nn
 
 import lcmlora
 from conftest import PIPES, assert_same, sd_pipe, sdxl_pipe, snapshot, tiny_tokenizer, tiny_unet, tiny_vae, write_lora
-from lcmlora import LcmLoraWarning, LoraFileError, LoraMismatchError, Style
+from lcmlora import LcmLoraWarning, LoraFileError, LoraMismatchError, Style, moving
 from lcmlora.layers import layers, lcm_layers
 from lcmlora.lora.files import WEIGHT_NAME, HubOptions, Source, cover, read
 from test_lora_files import (
@@ -646,14 +646,14 @@ def test_B8_another_working_folder_does_no_harm(tmp_path, monkeypatch):
 def test_B8_between_planning_and_merging(tmp_path, monkeypatch):
     pipe = sd_pipe()
     lcm = write_lora(tmp_path / "lcm.safetensors", pipe.unet)
-    before, real = snapshot(pipe), lcmlora.acceleration.make_plan
+    before, real = snapshot(pipe), moving.make_plan
 
     def make(*args):
         made = real(*args)
         lcm.unlink()
         return made
 
-    monkeypatch.setattr(lcmlora.acceleration, "make_plan", make)
+    monkeypatch.setattr(moving, "make_plan", make)
     for fuse in (True, False):
         with pytest.raises(LoraFileError, match="is gone since it was read"):
             lcmlora.accelerate(pipe, lora=lcm, fuse=fuse)
