@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/lcmlora demo --out demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
