@@ -84,6 +84,9 @@ def move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection
         transaction.dress(now.pipe, mine, undo)
     for component in gone:
         transaction.give_back(component)
+    for module in record.modules.values() if record is not None else ():
+        if module not in modules.values():  # the pipe has another model now
+            module.pipes.discard(now.pipe)
 
 
 def _plan(now: Snapshot, target: Target, anew: Collection[str]) -> Plan:
@@ -182,6 +185,8 @@ def _vae(now: Snapshot, applied: Applied, settings: PipeSettings) -> Any:
     record = now.record
     own = _found_shell(now).vae
     if record is not None and settings.vae == record.settings.vae:
+        if settings.vae is not None and all(now.pipe.vae is not vae for vae in (record.made.vae, record.found.vae)):
+            warn("pipe.vae was replaced: lcmlora puts the one of vae= back. accelerate(pipe, vae=None) leaves it out.")
         return own if settings.vae is None else record.made.vae
     return vaes.load(now.pipe, own, applied.base, settings.vae, applied.target.hub) or own
 
@@ -202,7 +207,7 @@ def _pipe_record(
     scheduler, wanted = old.made.scheduler if old else None, lcm_scheduler(found.scheduler, applied.base)
     if old is not None and isinstance(here.scheduler, type(wanted)):
         scheduler = here.scheduler  # an LCMScheduler of the user's own is as good
-    if scheduler is None or str(scheduler.config) != str(wanted.config):
+    if scheduler is None or scheduler.config.beta_schedule != wanted.config.beta_schedule:
         scheduler = wanted
         put(scheduler, StandIn(found.scheduler, now.unet.module))
     made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae, here.fused)

@@ -26,9 +26,10 @@ class TunerLora:
         wrappers: PEFT's layers around the model's, by name.
         adapter: its name.
         found: what it counted with in each layer when it was found; 0 where it was off.
+        place: where it stood among the active ones. PEFT goes by that order, which matters to DoRA.
     """
 
-    def __init__(self, wrappers: Mapping[str, Any], adapter: str, found: Mapping[str, float]) -> None:
+    def __init__(self, wrappers: Mapping[str, Any], adapter: str, found: Mapping[str, float], place: int) -> None:
         self._wrappers = {name: tuner for name, tuner in wrappers.items() if adapter in getattr(tuner, "lora_A", ())}
         # by layer: PEFT empties its own when somebody deletes the adapter
         self._halves = {
@@ -36,6 +37,7 @@ class TunerLora:
             for name, tuner in self._wrappers.items()
         }
         self.found = dict(found)
+        self.place = place
 
     @property
     def layers(self) -> frozenset[str]:
@@ -80,7 +82,12 @@ class Adapters:
         self._names = {name: compat.adapters_in(wrapper) for name, wrapper in self._wrappers.items()}
         self._states = {name: compat.adapter_state(wrapper) for name, wrapper in self._wrappers.items()}
         self._gradients = index.gradients
-        self.loras = {name: TunerLora(self._wrappers, name, self._weights_of(name)) for name in sorted(self.names)}
+        active = [name for wrapper in self._wrappers.values() for name in wrapper.active_adapters]
+        order = {name: place for place, name in enumerate(dict.fromkeys(active))}
+        self.loras = {
+            name: TunerLora(self._wrappers, name, self._weights_of(name), order.get(name, len(order)))
+            for name in sorted(self.names)
+        }
 
     @property
     def names(self) -> set[str]:
@@ -271,7 +278,8 @@ def activate(index: ModuleIndex, loras: Mapping[str, Lora], weights: Mapping[str
         at = {
             name: loras[name].found.get(where, 0.0) if w is None else w for name, w in weights.items() if name in there
         }
-        here = sorted(name for name, weight in at.items() if weight)  # PEFT adds in this order
+        on = (name for name, weight in at.items() if weight)
+        here = sorted(on, key=lambda name: (getattr(loras[name], "place", len(at)), name))  # PEFT adds in this order
         plain = hasattr(tuner, "r")
         tuner.enable_adapters(plain or bool(here))
         if plain or here:
