@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from . import __version__, calls
+from . import recipe as recipes
 from .acceleration import merged
 from .calling import HOOKS
 from .errors import PipelineError
@@ -27,8 +28,9 @@ from .transition.target import PipeSettings
 def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any) -> Path:
     """Save an accelerated pipe with its LoRAs merged in, as a folder that plain diffusers loads.
 
-    The saved scheduler is `LCMScheduler`; how to call the pipe (steps, guidance) and what was merged stands in
-    `lcmlora.json`. A pipe with PEFT adapters (fuse=False) is merged for the time of saving. The pipe is left as it is.
+    The saved scheduler is the recipe's, for LCM `LCMScheduler`; how to call the pipe (steps, guidance) and what was
+    merged stands in `lcmlora.json`. A pipe with PEFT adapters (fuse=False) is merged for the time of saving, and left
+    as it is.
 
     Args:
         pipe: an accelerated pipe.
@@ -82,7 +84,7 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
         A pipeline of the class that was baked.
 
     Raises:
-        PipelineError: the folder was not baked, or can't be loaded.
+        PipelineError: the folder was not baked, or can't be loaded. BaseModelError: its recipe is not registered.
     """
     from diffusers import DiffusionPipeline
 
@@ -90,7 +92,9 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
     if written is None:
         raise PipelineError(f"{folder} was not made by lcmlora.bake: there is no {BAKED} in it that says what it is.")
     call = written.get("call", {})
-    policy = Policy(steps=call.get("num_inference_steps", 4), guidance=call.get("guidance_scale"))
+    recipe = recipes.by_name(written["merged"].get("recipe") or recipes.LCM.name)
+    steps = call.get("num_inference_steps", recipe.steps)
+    policy = Policy(steps=steps, guidance=call.get("guidance_scale"), recipe=recipe)
     try:
         pipe = DiffusionPipeline.from_pretrained(str(folder), **load)
     except Exception as error:  # diffusers raises many kinds
@@ -105,7 +109,8 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
 def _recipe(pipe: Any) -> dict[str, Any]:
     now = status(pipe)
     call = {"num_inference_steps": now.steps, "guidance_scale": now.guidance}
-    merged_in = {"lora": now.lora, "weight": now.weight, "styles": dict(now.styles), "base": now.base}
+    merged_in = {key: getattr(now, key) for key in ("recipe", "licence", "lora", "weight", "base")}
+    merged_in["styles"] = dict(now.styles)
     return {"lcmlora": __version__, "call": call, "merged": merged_in}
 
 
