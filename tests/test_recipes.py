@@ -14,14 +14,22 @@ import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler, TCDScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 
 import lcmlora
 from conftest import assert_same, sd_pipe, sdxl_pipe, snapshot, tiny_unet, write_lora
+from lcmlora import base as registry
 from lcmlora import recipe as table
 from lcmlora.cli import main
-from lcmlora.layers import layers
+from lcmlora.layers import layers, lcm_layers
 from lcmlora.lora.sources import Source
 from lcmlora.transition import plan
 from tiny_pipelines import BETAS, build, mask, picture
@@ -268,6 +276,8 @@ def test_a_file_of_one_number_of_steps_says_which(tiny, files):
     lcmlora.accelerate(tiny, strict=True)
     with pytest.raises(lcmlora.CallError, match="made for 8 steps"):
         call_of(tiny, num_inference_steps=4)
+    with pytest.raises(lcmlora.CallError, match=r"steps=4: the file of recipe 'hyper-8' was made for 8 steps"):
+        lcmlora.accelerate(tiny, steps=4)
     assert call_of(tiny).images.shape[0] == 1
 
 
@@ -303,8 +313,12 @@ def test_eta_does_nothing_only_where_the_scheduler_takes_none(tiny, files):
     lcmlora.accelerate(tiny, recipe="tcd", lora=files["few"])
     seen = []
     step = tiny.scheduler.step
-    tiny.scheduler.step = lambda *args, eta=None, **more: seen.append(eta) or step(*args, eta=eta, **more)
-    tiny.scheduler.step.__signature__ = __import__("inspect").signature(step)
+
+    def see(sample: Any, timestep: Any, latents: Any, eta: Any = None, generator: Any = None, **more: Any) -> Any:
+        seen.append(eta)
+        return step(sample, timestep, latents, eta=eta, generator=generator, **more)
+
+    tiny.scheduler.step = see
     call_of(tiny, eta=0.7, num_inference_steps=1)
     call_of(tiny, num_inference_steps=1)
     assert seen == [0.7, 0.3]
@@ -376,6 +390,7 @@ def test_a_licence_without_commerce_is_said_once(recipe, licence, tiny, files):
     with pytest.warns(lcmlora.LcmLoraWarning, match=rf"licensed {licence}: no commercial use"):
         lcmlora.accelerate(tiny, recipe=recipe, lora=files["few"])
     lcmlora.accelerate(tiny, weight=0.9)
+    lcmlora.accelerate(tiny, recipe=recipe, lora=files["few"])
     call_of(tiny)
     status = lcmlora.status(tiny)
     assert (status.recipe, status.licence) == (recipe, licence)
@@ -422,9 +437,53 @@ def test_a_base_without_a_file_of_the_recipe_says_what_there_is(tiny):
         with pytest.raises(lcmlora.BaseModelError, match=r"'tiny' has no Lightning LoRA \(4 steps\); pass lora="):
             lcmlora.accelerate(tiny, recipe="lightning-4")
         with pytest.raises(lcmlora.BaseModelError, match=r"no TDD LoRA.*It has files for recipes 'lcm'.*'hyper-4'"):
-            plan.lcm_source(lcmlora.unregister("sd15"), table.by_name("tdd"), Source.of(None))
+            plan.lcm_source(registry.by_name("sd15"), table.by_name("tdd"), Source.of(None))
     finally:
         lcmlora.unregister("tiny")
+
+
+@pytest.fixture
+def shape_of() -> Callable[..., torch.nn.Module]:
+    """A UNet of that config, with weights that take no memory."""
+
+    def make(**config: Any) -> torch.nn.Module:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(sample_size=64, **config)
+        return unet.half().to_empty(device="cpu")
+
+    return make
+
+
+def test_tcd_has_a_file_for_a_base_without_an_lcm_lora(shape_of, tmp_path):
+    unet = shape_of(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+    with pytest.raises(lcmlora.LoraFileError, match="hf download h1t/TCD-SD21-base-LoRA"):
+        lcmlora.accelerate(sd_pipe(unet=unet), recipe="tcd", cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(lcmlora.BaseModelError, match=r"no LCM-LoRA exists.*It has files for recipes 'tcd'"):
+        lcmlora.accelerate(sd_pipe(unet=unet))
+
+
+def test_a_smaller_bases_file_is_refused_where_parts_are_allowed(tiny, files):
+    """All of Segmind-Vega's layers fit SDXL's: a file that may cover little would pass."""
+    deeper = sd_pipe(unet=tiny_unet(layers_per_block=2))
+    lcmlora.register(lcmlora.Base("tiny", "Tiny", 32, (8, 16), 79))
+    lcmlora.register(lcmlora.Base("deeper", "Deeper", 32, (8, 16), len(lcm_layers(deeper.unet))))
+    try:
+        part = write_lora(
+            files["few"].with_name("part.safetensors"), deeper.unet, only=set(lcm_layers(tiny.unet)).__contains__
+        )
+        with pytest.raises(lcmlora.LoraMismatchError, match=r"layers a Hyper-SD LoRA .* can cover.*LCM-LoRA of Tiny"):
+            lcmlora.accelerate(deeper, recipe="hyper-4", lora=part)
+    finally:
+        lcmlora.unregister("tiny")
+        lcmlora.unregister("deeper")
+
+
+def test_a_pipeline_that_takes_no_timesteps_says_so(files):
+    pipe = build(diffusers.StableDiffusionControlNetImg2ImgPipeline, {})
+    with unheard():
+        lcmlora.accelerate(pipe, recipe="dmd2", lora=files["few"])
+    with pytest.warns(lcmlora.LcmLoraWarning, match=r"start timesteps \[999.*can't be told here"):
+        pipe("a fox", image=picture(), control_image=picture(), strength=0.5, output_type="latent")
 
 
 # -- moving, registering, writing down --------------------------------------------------------------------------------
@@ -523,6 +582,15 @@ def test_instantid_is_told_by_its_class(files):
 
     with pytest.warns(lcmlora.LcmLoraWarning, match="InstantID, and an LCM-LoRA costs likeness"):
         lcmlora.accelerate(sd_pipe(cls=StableDiffusionInstantIDPipeline), lora=files["few"])
+
+
+def test_compare_takes_several_recipes(tiny, files):
+    sheet = lcmlora.compare(
+        tiny, "a fox", base_steps=[2], recipes={"lcm": files["few"], "hyper-2": files["few"]}, height=16, width=16
+    )
+    assert sheet.columns == ("base, 2 steps", "lcm, 4 steps", "hyper-2, 2 steps")
+    assert [row["status"]["recipe"] for row in sheet.rows] == [None, "lcm", "hyper-2"]
+    assert not lcmlora.is_accelerated(tiny)
 
 
 def test_the_command_line_lists_recipes():

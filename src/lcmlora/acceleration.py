@@ -124,15 +124,8 @@ def accelerate(
     )
     if recipe is UNSET and source is not UNSET:
         recipe = None  # a new file may name its own
-    weights = {
-        "base": base,
-        "recipe": recipe,
-        "lora": source,
-        "weight": weight,
-        "fuse": fuse,
-        "keep": keep,
-        "compile": compile,
-    }
+    weights = {"base": base, "recipe": recipe, "lora": source, "weight": weight, "fuse": fuse, "keep": keep}
+    weights["compile"] = compile
     policy = {"steps": steps, "guidance": guidance, "strict": strict}
     policy["enforce_inference_steps"] = enforce_inference_steps
     shell = {"vae": vae, "cache_prompts": cache_prompts}

@@ -66,6 +66,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         self.steps = _whole("num_inference_steps", self.steps)
+        if self.strict:
+            self._check_within("steps", self.steps)
         if self.guidance is None:
             return
         self.guidance = _number("guidance_scale", self.guidance, self.recipe.guidance_in_words)
@@ -143,13 +145,16 @@ class Policy:
     ) -> list[int] | None:
         """The recipe's own timesteps, for as many steps as there are, of which a strength runs its part."""
         fixed = list(self.recipe.timesteps)
-        split = {"denoising_start", "denoising_end"} & {name for name, value in given.items() if value is not None}
-        if len(fixed) != wanted or "timesteps" not in takes.defaults or split:
+        if len(fixed) != wanted:
+            return None
+        made_for = f"the file of recipe {self.recipe.name!r} was made for the start timesteps {fixed}"
+        split = any(given.get(name) is not None for name in ("denoising_start", "denoising_end"))
+        if "timesteps" not in takes.defaults or split:
+            self._once("start", f"{made_for}, which {takes.owner} can't be told here: the scheduler's own are run.")
             return None
         if strength is None or strength >= _WHOLE:
             return fixed
         runs = int(wanted * strength)
-        made_for = f"the file of recipe {self.recipe.name!r} was made for the start timesteps {fixed}"
         if runs < 1:
             raise CallError(f"strength={strength:g}: {made_for}, all above it; pass {1 / wanted:g} or more.")
         fault = f"strength={strength:g} starts at {fixed[wanted - runs]} and runs {runs} of {wanted} steps: {made_for}"

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .acceleration import accelerated
 from .errors import PipelineError
+from .lora.sources import Given
 from .state import is_accelerated, status
 
 SEED = 1337
@@ -194,6 +195,7 @@ def compare(
     seed: int = SEED,
     title: str = "",
     accelerate: Mapping[str, Any] | None = None,
+    recipes: Iterable[str] | Mapping[str, Given | None] = (),
     **call: Any,
 ) -> Sheet:
     """With and without, side by side: the pipe as it is at `base_steps`, then accelerated at `steps`. The pipe is
@@ -208,6 +210,8 @@ def compare(
         seed: of every picture.
         title: a line above the sheet.
         accelerate: arguments of `lcmlora.accelerate`.
+        recipes: recipes to have a column each in the place of that one, at their own steps; where they map to files,
+            with these.
         call: further arguments of every call.
 
     Raises:
@@ -218,7 +222,14 @@ def compare(
     plain = dict(call) if base_guidance is None else {**call, "guidance_scale": base_guidance}
     cells = {f"base, {count} steps": {"num_inference_steps": count} for count in base_steps}
     without = sweep(pipe, prompts, cells, seed=seed, title=title or "without and with the LCM-LoRA", **plain)
-    with accelerated(pipe, **(accelerate or {})):
-        return without + sweep(
-            pipe, prompts, {f"LCM, {steps} steps": {"num_inference_steps": steps}}, seed=seed, **call
-        )
+    settings = dict(accelerate or {})
+    if not recipes:
+        with accelerated(pipe, **settings):
+            cells = {f"LCM, {steps} steps": {"num_inference_steps": steps}}
+            return without + sweep(pipe, prompts, cells, seed=seed, **call)
+    files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)
+    for name, file in files.items():
+        with accelerated(pipe, **{**settings, "recipe": name, **({} if file is None else {"lora": file})}):
+            cells = {f"{name}, {status(pipe).steps} steps": {}}
+            without += sweep(pipe, prompts, cells, seed=seed, **call)
+    return without

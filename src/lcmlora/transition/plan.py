@@ -79,7 +79,9 @@ def make_plan(snapshot: Snapshot, target: Target, anew: Collection[str] = ()) ->
     contents = _contents(snapshot, target, files, weights)
     _check_room(snapshot, contents, target)
     if not same_lcm:
-        _warn_of_choice(recipe, base, lcm_file)
+        _warn_of_name(recipe, lcm_file)
+    if recipe.commercial is False and (before is None or before.recipe.name != recipe.name):
+        warn(f"{recipe.title}, recipe {recipe.name!r}, is licensed {recipe.licence_of(base)}: no commercial use.")
     target = dataclasses.replace(target, recipe=recipe.name)
     return Plan(Applied(target, base, recipe, lcm, float(weight), known), contents)
 
@@ -102,8 +104,8 @@ def _own_weight(base: bases.Base | None, recipe: Recipe) -> float:
     return recipe.weight if source is None or source.weight is None else source.weight
 
 
-def _warn_of_choice(recipe: Recipe, base: bases.Base | None, file: LoraFile) -> None:
-    """Say what speaks against a file under its recipe, and what its licence forbids."""
+def _warn_of_name(recipe: Recipe, file: LoraFile) -> None:
+    """Say what in its name or metadata speaks against driving a file so."""
     written = read(file).recipe
     name = f"{Path(file.given).name} {file.path.name if file.path else ''}"
     wrong = f"it names recipe {written!r}" if written not in (None, recipe.name) else None
@@ -112,8 +114,6 @@ def _warn_of_choice(recipe: Recipe, base: bases.Base | None, file: LoraFile) -> 
             f"{file.label} is driven as {recipe.title}, recipe {recipe.name!r}, and may be none: {wrong}. A few-step "
             "LoRA under another's scheduler or steps gives blurred or burnt pictures; accelerate(recipe=) says which."
         )
-    if recipe.commercial is False:
-        warn(f"{recipe.title}, recipe {recipe.name!r}, is licensed {recipe.licence_of(base)}: no commercial use.")
 
 
 def _check_adapter_name(snapshot: Snapshot, target: Target) -> None:
@@ -152,7 +152,7 @@ def _base(snapshot: Snapshot, target: Target, recipe: Recipe) -> bases.Base | No
     if found is None and target.lora.where is None:
         found = bases.unsupported(snapshot.structure)  # by LCM-LoRAs
         if found is None or found.name not in recipe.loras:
-            raise BaseModelError(bases.unknown(snapshot.structure))
+            raise BaseModelError(bases.unknown(snapshot.structure) + _other_recipes(found))
     return found
 
 
@@ -166,11 +166,15 @@ def lcm_source(base: bases.Base | None, recipe: Recipe, source: Source) -> Sourc
         return source
     own = recipe.loras.get(base.name) if base else None
     if own is None:
-        kind = recipe.title.partition(" ")[2]
-        others = [other.name for other in recipes.recipes() if base and base.name in other.loras]
-        hint = f" It has files for recipes {', '.join(map(repr, others))}." if others else ""
-        raise BaseModelError(f"base {base.name if base else 'unknown'!r} has no {kind}; pass lora=.{hint}")
+        kind, name = recipe.title.partition(" ")[2], base.name if base else "unknown"
+        raise BaseModelError(f"base {name!r} has no {kind}; pass lora=.{_other_recipes(base)}")
     return Source.of(own.lora, source.weight_name or own.weight_name, source.subfolder, source.revision)
+
+
+def _other_recipes(base: bases.Base | None) -> str:
+    """What there is for a base."""
+    names = [recipe.name for recipe in recipes.recipes() if base and base.name in recipe.loras]
+    return f" It has files for recipes {', '.join(map(repr, names))}." if names else ""
 
 
 def lcm_lora(index: ModuleIndex, base: bases.Base | None, file: LoraFile, recipe: Recipe = recipes.LCM) -> FileLora:
