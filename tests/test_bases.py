@@ -20,6 +20,8 @@ from lcmlora import base as registry
 from lcmlora.layers import TARGET_MODULES, ModuleIndex, layers
 from lcmlora.lora import files as lorafile
 from lcmlora.lora.sources import HubOptions, Source
+from lcmlora.recipe import LCM as LCM_RECIPE
+from lcmlora.recipe import by_name
 from lcmlora.transition import plan
 from lcmlora.transition.snapshot import Snapshot
 from lcmlora.transition.target import LCM, Target
@@ -127,9 +129,10 @@ def hollow(unet: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", REPOSITORIES)
 def test_base_is_found_from_the_structure_alone(name, unets):
     base = lcmlora.detect_base(unets[name])
-    assert (base.name, base.title, base.lora) == (name, TITLES[name], REPOSITORIES[name])
+    source = LCM_RECIPE.loras[name]
+    assert (base.name, base.title, source.lora) == (name, TITLES[name], REPOSITORIES[name])
     assert base.layers == MODULES[name]
-    assert base.rank == (128 if name == "vega" else 64)
+    assert source.rank == (128 if name == "vega" else None)
 
 
 def test_finetune_with_other_input_channels_is_still_its_base():
@@ -209,7 +212,7 @@ def test_each_base_asks_for_its_own_repository(name, unets, tmp_path):
     base = lcmlora.detect_base(unets[name])
     offline = HubOptions(tmp_path, local_files_only=True)
     with pytest.raises(lcmlora.LoraFileError) as caught:
-        plan.lcm_source(base, Source.of(None)).find(offline)
+        plan.lcm_source(base, LCM_RECIPE, Source.of(None)).find(offline)
     assert f"hf download {REPOSITORIES[name]} pytorch_lora_weights.safetensors" in str(caught.value)
 
 
@@ -353,7 +356,7 @@ def test_an_unregistered_base_is_known_no_more(registered, tmp_path):
 
 def test_all_bases_are_listed_and_unknown_names_refused():
     names = [base.name for base in lcmlora.bases()]
-    assert names[:5] == ["sd15", "sdxl", "ssd-1b", "vega", "animatelcm"]
+    assert names[:5] == ["sd15", "sdxl", "ssd-1b", "vega", "pocket"]
     with pytest.raises(lcmlora.BaseModelError, match=re.escape(", ".join(map(repr, names)))):
         registry.by_name("sd2")
 
@@ -380,30 +383,30 @@ def test_animatelcm_is_never_found_by_itself(motion_unet, unets):
     assert lcmlora.detect_base(unets["sd15"]).name == "sd15"
 
 
-def test_animatelcm_needs_motion_modules(motion_unet, unets, files):
-    base = registry.by_name("animatelcm")
-    assert base.matches(registry.structure_of(motion_unet), motion=ModuleIndex.of(motion_unet).has_motion)
-    assert not base.matches(registry.structure_of(unets["sd15"]), motion=ModuleIndex.of(unets["sd15"]).has_motion)
-    assert not base.matches(registry.structure_of(unets["sdxl"]), motion=True)
-    words = r"base='animatelcm' was given, AnimateLCM .*, but the pipe's UNet is Stable Diffusion 1\.x \(base='sd15'\)"
-    with pytest.raises(lcmlora.BaseModelError, match=words):
-        lcmlora.accelerate(sd_pipe(unet=hollow(unets["sd15"])), base="animatelcm", lora=files["sd15"])
+def test_animatelcm_needs_motion_modules(unets, files):
+    pipe = sd_pipe(unet=hollow(unets["sd15"]))
+    with pytest.raises(lcmlora.BaseModelError, match=r"recipe='animatelcm' is for UNets with motion modules"):
+        lcmlora.accelerate(pipe, recipe="animatelcm", lora=files["sd15"])
+
+
+def test_animatelcm_as_a_base_says_what_to_type():
+    with pytest.raises(lcmlora.BaseModelError, match=r"type accelerate\(pipe, recipe='animatelcm'\)"):
+        lcmlora.accelerate(sd_pipe(), base="animatelcm")
 
 
 def test_animatelcm_has_its_own_weight_betas_and_file(motion_unet, files, tmp_path):
     pipe = animate_pipe(hollow(motion_unet))
     now = Snapshot.of(pipe)
-    made = plan.make_plan(now, request(files["sd15"], base="animatelcm"))
-    base = made.applied.base
-    assert base is registry.by_name("animatelcm")
+    made = plan.make_plan(now, request(files["sd15"], recipe="animatelcm"))
+    assert (made.applied.base.name, made.applied.recipe) == ("sd15", by_name("animatelcm"))
     assert made.contents["unet"].weights == {LCM: 0.8}
-    assert plan.lcm_scheduler(pipe.scheduler, base).config.beta_schedule == "linear"
+    assert plan.scheduler_for(pipe.scheduler, made.applied.recipe).config.beta_schedule == "linear"
     assert set(made.contents["unet"].loras) == {LCM}
     plain = plan.make_plan(now, request(files["sd15"]))
-    assert (plain.applied.base.name, plain.contents["unet"].weights) == ("sd15", {LCM: 1.0})
-    assert plan.lcm_scheduler(pipe.scheduler, plain.applied.base).config.beta_schedule == "scaled_linear"
-    lighter = plan.make_plan(now, request(files["sd15"], base="animatelcm", weight=0.5))
+    assert (plain.applied.recipe.name, plain.contents["unet"].weights) == ("lcm", {LCM: 1.0})
+    assert plan.scheduler_for(pipe.scheduler, plain.applied.recipe).config.beta_schedule == "scaled_linear"
+    lighter = plan.make_plan(now, request(files["sd15"], recipe="animatelcm", weight=0.5))
     assert lighter.contents["unet"].weights == {LCM: 0.5}
     offline = HubOptions(tmp_path, local_files_only=True)
     with pytest.raises(lcmlora.LoraFileError, match=r"wangfuyun/AnimateLCM AnimateLCM_sd15_t2v_lora\.safetensors"):
-        plan.make_plan(now, request(None, base="animatelcm", hub=offline))
+        plan.make_plan(now, request(None, recipe="animatelcm", hub=offline))

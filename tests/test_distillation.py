@@ -229,3 +229,4 @@ def test_the_file_says_how_it_was_made(pictures, tmp_path):
     )
     with safe_open(file, "pt") as opened:
         assert json.loads(opened.metadata()["lcmlora"])["w"] == 3.0
+        assert opened.metadata()["lcmlora_recipe"] == "lcm"

@@ -23,7 +23,9 @@ _HOME = {
     "LoraFileError": "errors",
     "LoraInfo": "lora.files",
     "LoraMismatchError": "errors",
+    "LoraSource": "recipe",
     "PipelineError": "errors",
+    "Recipe": "recipe",
     "Sheet": "sheets",
     "Status": "state",
     "Style": "transition.target",
@@ -38,14 +40,15 @@ _HOME = {
     "is_accelerated": "state",
     "load_baked": "baking",
     "load_pocket": "pocket",
-    "register": "base",
+    "recipes": "recipe",
+    "register": "recipe",
     "restore": "acceleration",
     "set_styles": "acceleration",
     "status": "state",
     "styled": "acceleration",
     "sweep_guidance": "sheets",
     "sweep_steps": "sheets",
-    "unregister": "base",
+    "unregister": "recipe",
 }
 
 __all__ = sorted(_HOME)
@@ -61,8 +64,6 @@ if TYPE_CHECKING:
     from .base import Base as Base
     from .base import bases as bases
     from .base import detect_base as detect_base
-    from .base import register as register
-    from .base import unregister as unregister
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill
     from .errors import BaseModelError as BaseModelError
@@ -76,6 +77,11 @@ if TYPE_CHECKING:
     from .lora.files import LoraInfo as LoraInfo
     from .lora.files import inspect_lora as inspect_lora
     from .pocket import load_pocket as load_pocket
+    from .recipe import LoraSource as LoraSource
+    from .recipe import Recipe as Recipe
+    from .recipe import recipes as recipes
+    from .recipe import register as register
+    from .recipe import unregister as unregister
     from .sheets import Sheet as Sheet
     from .sheets import compare as compare
     from .sheets import sweep_guidance as sweep_guidance

@@ -43,6 +43,7 @@ def accelerate(
     pipe: Pipe,
     base: str | Unset = UNSET,
     *,
+    recipe: str | Unset | None = UNSET,
     lora: Given | Unset | None = UNSET,
     weight_name: str | None = None,
     subfolder: str | None = None,
@@ -64,6 +65,7 @@ def accelerate(
     local_files_only: bool = False,
 ) -> Pipe:
     """Make a Stable Diffusion or SDXL pipeline need 4 to 8 steps: LCM-LoRA, `LCMScheduler` and fitting call defaults.
+    With `recipe`, another few-step LoRA with its own scheduler and defaults.
 
     It says what the pipe shall be. On a pipe that is accelerated already it moves the pipe there at the least cost:
     other steps or guidance need no merge, other styles or weights one merge from the originals, and the same again
@@ -75,9 +77,12 @@ def accelerate(
         pipe: a diffusers pipeline with a `UNet2DConditionModel` or `UNetMotionModel`. Its siblings that share the
             UNet change with it, apart from their own steps, guidance, strict, vae and cache_prompts.
         base: "auto" (the default) finds the base from the UNet's structure; a name (see `bases()`) is checked.
+        recipe: how the few-step LoRA is driven, "lcm" by default: "tcd", "hyper-8", "lightning-4", "dmd2", ... (see
+            `recipes()`). Where it is left out, a file whose metadata names its recipe is followed. Another recipe
+            brings its own file, weight, steps and guidance, where the call does not say these too.
         lora: the LCM-LoRA, where it is not the base's own (None, the default): repository id, folder, safetensors
             file or dict of tensors. A UNet that is no known base needs it; any UNet will do whose LCM layers the file
-            covers.
+            covers. With another recipe, that recipe's file.
         weight_name, subfolder, revision: where in that repository or folder the file is, where it is not
             `pytorch_lora_weights.safetensors`.
         weight: what the LCM-LoRA counts with; None (the default) is the base's own, 1.0 as a rule.
@@ -90,8 +95,8 @@ def accelerate(
             refuse, and a failure in the middle of the merge (out of memory, Ctrl-C) leaves a spoiled UNet, which a
             warning says.
         steps: `num_inference_steps` of calls that pass none, 1 to 50; 4 by default.
-        guidance: `guidance_scale` of calls that pass none; 1 by default. What a call passes is kept within 1 to 2,
-            with a warning. None leaves guidance alone altogether.
+        guidance: `guidance_scale` of calls that pass none; 1 by default. What a call passes is kept within 1 to 2
+            (or the recipe's own range), with a warning. None leaves guidance alone altogether.
         strict: raise `CallError` where a call would otherwise be changed with a warning.
         enforce_inference_steps: image-to-image runs the steps asked for (the default); False is diffusers' own
             meaning, `int(num_inference_steps * strength)` of them.
@@ -120,18 +125,24 @@ def accelerate(
         if lora is UNSET and not (weight_name or subfolder or revision)
         else Source.of(None if lora is UNSET else lora, weight_name, subfolder, revision)
     )
-    weights = {"base": base, "lora": source, "weight": weight, "fuse": fuse, "keep": keep, "compile": compile}
+    if recipe is UNSET and source is not UNSET:
+        recipe = None  # a new file may name its own
+    weights = {"base": base, "recipe": recipe, "lora": source, "weight": weight, "fuse": fuse, "keep": keep}
+    weights["compile"] = compile
     policy = {"steps": steps, "guidance": guidance, "strict": strict}
     policy["enforce_inference_steps"] = enforce_inference_steps
     shell = {"vae": vae, "cache_prompts": cache_prompts}
     with _alone(pipe):
         now = Snapshot.of(pipe)
         before = _target(now)
-        target = dataclasses.replace(before, **_said({**weights, "adapter_name": adapter_name, "hub": hub}))
+        other = recipe is not UNSET and recipe is not None and recipe != before.recipe
+        afresh = {"lora": Source.of(None), "weight": None} if other else {}
+        said = {**afresh, **_said({**weights, "adapter_name": adapter_name, "hub": hub})}
+        target = dataclasses.replace(before, **said)
         target.check()
         if target.weight is not None:
             target = dataclasses.replace(target, weight=as_weight(target.weight))
-        anew = set() if source is UNSET else {target.adapter_name}
+        anew = {target.adapter_name} if source is not UNSET or other else set()
         if styles is not UNSET:
             anew |= _given_sources(styles)
             found: dict[str, None] = dict.fromkeys(_found(now))
@@ -139,11 +150,9 @@ def accelerate(
         elif target != before:  # what somebody loaded meanwhile stays on
             late = {name: None for name in _late(now) if name not in target.styles}
             target = dataclasses.replace(target, styles={**target.styles, **late})
-        old = now.record.settings if now.record else PipeSettings()
-        said = dataclasses.replace(old.policy, **_said(policy))
-        settings = dataclasses.replace(old, policy=said, **_said(shell))
+        settings = dataclasses.replace(now.record.settings if now.record else PipeSettings(), **_said(shell))
         settings.check(pipe)
-        move(now, target, settings, anew, styles is not UNSET or weight is not UNSET)
+        move(now, target, settings, anew, styles is not UNSET or weight is not UNSET, _said(policy))
     return pipe
 
 

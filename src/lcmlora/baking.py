@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from . import __version__, calls
+from . import recipe as recipes
 from .acceleration import merged
 from .calling import HOOKS
 from .errors import PipelineError, brief
@@ -28,8 +29,9 @@ from .transition.verification import why_not_fast
 def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any) -> Path:
     """Save an accelerated pipe with its LoRAs merged in, as a folder that plain diffusers loads.
 
-    The saved scheduler is `LCMScheduler`; how to call the pipe (steps, guidance) and what was merged stands in
-    `lcmlora.json`. A pipe with PEFT adapters (fuse=False) is merged for the time of saving. The pipe is left as it is.
+    The saved scheduler is the recipe's, for LCM `LCMScheduler`; how to call the pipe (steps, guidance) and what was
+    merged stands in `lcmlora.json`. A pipe with PEFT adapters (fuse=False) is merged for the time of saving, and left
+    as it is.
 
     Args:
         pipe: an accelerated pipe.
@@ -100,15 +102,17 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
         A pipeline of the class that was baked.
 
     Raises:
-        PipelineError: the folder was not baked, or can't be loaded.
+        PipelineError: the folder was not baked, or can't be loaded. BaseModelError: its recipe is not registered.
     """
     from diffusers import DiffusionPipeline
 
     written = read_baked(Path(folder))
     if written is None:
         raise PipelineError(f"{folder} was not made by lcmlora.bake: there is no {BAKED} in it that says what it is.")
-    call = written["call"]
-    policy = Policy(steps=call.get("num_inference_steps", 4), guidance=call.get("guidance_scale"))
+    call, name = written["call"], written["merged"].get("recipe") or recipes.LCM.name
+    recipe = recipes.by_name(name)
+    steps = call.get("num_inference_steps", recipe.steps)
+    policy = Policy(steps=steps, guidance=call.get("guidance_scale"), recipe=recipe)
     try:
         pipe = DiffusionPipeline.from_pretrained(os.path.abspath(folder), **load)
     except Exception as error:  # diffusers raises many kinds
@@ -123,7 +127,8 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
 def _recipe(pipe: Any) -> dict[str, Any]:
     now = status(pipe)
     call = {"num_inference_steps": now.steps, "guidance_scale": now.guidance}
-    merged_in = {"lora": now.lora, "weight": now.weight, "styles": dict(now.styles), "base": now.base}
+    merged_in = {key: getattr(now, key) for key in ("recipe", "licence", "lora", "weight", "base")}
+    merged_in["styles"] = dict(now.styles)
     return {"lcmlora": __version__, "call": call, "merged": merged_in}
 
 

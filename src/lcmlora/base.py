@@ -1,4 +1,4 @@
-"""The bases an LCM-LoRA exists for, and how a UNet's structure tells them apart.
+"""The bases that few-step LoRAs exist for, and how a UNet's structure tells them apart.
 
 A base is recognised by the width of its cross-attention, its block widths and the number of layers an LCM-LoRA adapts.
 Class and file names play no part: SDXL, SSD-1B and Segmind-Vega share class, widths and names, and differ in depth
@@ -8,7 +8,6 @@ alone.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -37,7 +36,7 @@ class Structure(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A family of UNets of one structure, and the LCM-LoRA made for it.
+    """A family of UNets of one structure. The files for those of the table stand in `lcmlora.recipes()`.
 
     Args:
         name: what `accelerate(base=...)` takes.
@@ -45,7 +44,7 @@ class Base:
         cross_attention_dim: width of the text embeddings that the UNet attends to.
         block_out_channels: widths of the UNet's levels.
         layers: how many layers an LCM-LoRA adapts (the kinds in `lcmlora.layers.TARGET_MODULES`). None: any number.
-        lora: the LCM-LoRA: a repository of the hub, a folder or a file. None where there is none.
+        lora: an LCM-LoRA of one's own: a repository of the hub, a folder or a file.
         weight_name: the file's name inside the repository or folder, where it is not diffusers' usual one.
         rank: the rank of that LoRA.
         weight: what that LoRA counts with where `accelerate(weight=)` is not given.
@@ -63,7 +62,7 @@ class Base:
     cross_attention_dim: int
     block_out_channels: tuple[int, ...]
     layers: int | None
-    lora: str | None
+    lora: str | None = None
     weight_name: str | None = None
     rank: int = 64
     weight: float = 1.0
@@ -89,37 +88,23 @@ _SD = (320, 640, 1280, 1280)
 _XL = (320, 640, 1280)
 _TAESD = "madebyollin/taesd"
 _XL_VAES: dict[str, Any] = {"tiny_vae": "madebyollin/taesdxl", "fp16_vae": "madebyollin/sdxl-vae-fp16-fix"}
-_POCKET = str(Path(__file__).parent / "pocket/model/lcm-lora")
 _registered: dict[str, Base] = {
     base.name: base
     for base in (
-        Base("sd15", "Stable Diffusion 1.x", 768, _SD, 278, "latent-consistency/lcm-lora-sdv1-5", tiny_vae=_TAESD),
-        Base("sdxl", "Stable Diffusion XL", 2048, _XL, 788, "latent-consistency/lcm-lora-sdxl", **_XL_VAES),
-        Base("ssd-1b", "SSD-1B", 2048, _XL, 423, "latent-consistency/lcm-lora-ssd-1b", **_XL_VAES),
-        Base("vega", "Segmind-Vega", 2048, _XL, 233, "segmind/Segmind-VegaRT", rank=128, **_XL_VAES),
-        Base(
-            "animatelcm",
-            "AnimateLCM (SD 1.x)",
-            768,
-            _SD,
-            278,
-            "wangfuyun/AnimateLCM",
-            weight_name="AnimateLCM_sd15_t2v_lora.safetensors",
-            weight=0.8,
-            beta_schedule="linear",
-            motion=True,
-            tiny_vae=_TAESD,
-        ),
-        Base("pocket", "the embedded model", 128, (48, 80, 128), 129, _POCKET, rank=16),
+        Base("sd15", "Stable Diffusion 1.x", 768, _SD, 278, tiny_vae=_TAESD),
+        Base("sdxl", "Stable Diffusion XL", 2048, _XL, 788, **_XL_VAES),
+        Base("ssd-1b", "SSD-1B", 2048, _XL, 423, **_XL_VAES),
+        Base("vega", "Segmind-Vega", 2048, _XL, 233, **_XL_VAES),
+        Base("pocket", "the embedded model", 128, (48, 80, 128), 129),
     )
 }
 
 
 _unsupported = (
-    Base("sd2", "Stable Diffusion 2.x", 1024, _SD, None, None),
-    Base("refiner", "the SDXL refiner", 1280, (384, 768, 1536, 1536), None, None),
-    Base("kolors", "Kolors", 2048, _XL, None, None, text_projection=True),
-    Base("koala", "KOALA", 2048, _XL, None, None, layers_per_block=1),
+    Base("sd2", "Stable Diffusion 2.x", 1024, _SD, None),
+    Base("refiner", "the SDXL refiner", 1280, (384, 768, 1536, 1536), None),
+    Base("kolors", "Kolors", 2048, _XL, None, text_projection=True),
+    Base("koala", "KOALA", 2048, _XL, None, layers_per_block=1),
 )
 """Known UNets that no LCM-LoRA exists for."""
 

@@ -170,8 +170,9 @@ def _call(
 def _diagnosis(error: Exception, policy: Policy, pipe: Any, call: Any) -> str | None:
     """What a failure inside the pipeline may come from; None where it tells enough by itself."""
     name, text = type(pipe).__name__, f"{type(error).__name__}: {error}"
-    if isinstance(error, TypeError | AttributeError) and "LCMScheduler" in str(error):
-        return f"{text}: {name} asks of its scheduler what LCMScheduler has not; lcmlora can't drive it."
+    scheduler = type(pipe.scheduler).__name__
+    if isinstance(error, TypeError | AttributeError) and scheduler in str(error):
+        return f"{text}: {name} asks of its scheduler what {scheduler} has not; lcmlora can't drive it."
     if not call.unguided or policy.ran_unguided or not _SYMPTOMS.search(str(error)):
         return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

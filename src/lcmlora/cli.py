@@ -55,9 +55,22 @@ def demo(folder: Path) -> None:
 def bases_command() -> None:
     """List the bases and their LCM-LoRAs."""
     from .base import bases
+    from .recipe import LCM
 
     for base in bases():
-        click.echo(f"{base.name:8} {base.title:22} {base.layers:4} layers   {base.lora}")
+        source = LCM.on(base).loras.get(base.name)
+        click.echo(f"{base.name:8} {base.title:22} {base.layers:4} layers   {source.lora if source else 'none'}")
+
+
+@main.command(name="recipes")
+def recipes_command() -> None:
+    """List the recipes: how other few-step LoRAs are driven."""
+    from .recipe import recipes
+
+    for one in recipes():
+        licence = one.licence or "no licence given"
+        click.echo(f"{one.name:16} {one.scheduler:22} {one.steps_in_words:>7} steps   {', '.join(one.loras)}")
+        click.echo(f"{'':16} guidance {one.guidance_in_words}; {licence}{f'; {one.note}' if one.note else ''}")
 
 
 @main.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from . import calls
@@ -13,7 +13,7 @@ from .calling import HOOKS
 from .errors import LcmLoraError, PipelineError
 from .prompts import PromptCache
 from .transition import transaction
-from .transition.plan import Plan, lcm_scheduler, make_plan
+from .transition.plan import Plan, make_plan, scheduler_for
 from .transition.records import (
     LOST,
     Applied,
@@ -40,8 +40,17 @@ from .transition.verification import (
 )
 from .warn import warn
 
+_NOTHING: Mapping[str, Any] = {}
 
-def move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection[str], said: bool = True) -> None:
+
+def move(
+    now: Snapshot,
+    target: Target,
+    settings: PipeSettings,
+    anew: Collection[str],
+    said: bool = True,
+    policy: Mapping[str, Any] = _NOTHING,
+) -> None:
     """Bring a pipe and its models to what they shall be, all or nothing.
 
     Args:
@@ -50,21 +59,21 @@ def move(now: Snapshot, target: Target, settings: PipeSettings, anew: Collection
         settings: what else it shall be.
         anew: the names of the LoRAs whose sources were given just now.
         said: whether styles or weights were said: then what others did to them meanwhile is undone.
+        policy: what the caller says of the policy; where the recipe changes, the rest is the recipe's.
 
     Raises:
-        PipelineError, BaseModelError, LoraFileError, LoraMismatchError: see `lcmlora.accelerate`.
+        PipelineError, BaseModelError, LoraFileError, LoraMismatchError, CallError: see `lcmlora.accelerate`.
     """
     record, unet = now.record, now.unet.record
     if unet is not None and unet.spoiled:
         raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
     applied = unet.applied if unet is not None else None
     off = unet is not None and why_lora_is_off(unet) is not None
-    if record is None or applied is None or off or anew or said or target != applied.target:
-        plan = _plan(now, target, anew)
-    elif settings == record.settings and why_not_fast(now.pipe, record) is None:
+    stays = record is not None and applied is not None and not (off or anew or said or target != applied.target)
+    plan = Plan(applied, {}) if stays and applied else _plan(now, target, anew)
+    settings = dataclasses.replace(settings, policy=settings.policy.under(plan.applied.recipe, policy))
+    if stays and record and settings == record.settings and why_not_fast(now.pipe, record) is None:
         return
-    else:
-        plan = Plan(applied, {})
     vae = _vae(now, plan.applied, settings)
     changes = _changes(now, plan, off, said)
     gone = _left_behind(now)
@@ -204,10 +213,11 @@ def _pipe_record(
 ) -> PipeRecord:
     pipe, old = now.pipe, now.record
     here, found = Shell.of(pipe), _found_shell(now)
-    scheduler, wanted = old.made.scheduler if old else None, lcm_scheduler(found.scheduler, applied.base)
-    if old is not None and isinstance(here.scheduler, type(wanted)):
-        scheduler = here.scheduler  # an LCMScheduler of the user's own is as good
-    if scheduler is None or scheduler.config.beta_schedule != wanted.config.beta_schedule:
+    scheduler, wanted = old.made.scheduler if old else None, scheduler_for(found.scheduler, applied.recipe)
+    if old is not None and type(here.scheduler) is type(wanted):
+        scheduler = here.scheduler  # one of the user's own is as good
+    same_recipe = old is not None and old.settings.policy.recipe == settings.policy.recipe
+    if scheduler is None or not same_recipe or type(scheduler) is not type(wanted):
         scheduler = wanted
         put(scheduler, StandIn(found.scheduler, now.unet.module))
     made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae, here.fused)

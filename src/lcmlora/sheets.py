@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .acceleration import accelerated
 from .calls import plain
 from .errors import PipelineError
+from .lora.sources import Given
 from .parameters import Parameters, refuse
 from .state import is_accelerated, status
 from .transition.records import pipe_record_of
@@ -258,6 +259,7 @@ def compare(
     seed: int = SEED,
     title: str = "",
     accelerate: Mapping[str, Any] | None = None,
+    recipes: Iterable[str] | Mapping[str, Given | None] = (),
     call: Mapping[str, Any] | None = None,
     **more: Unpack[CallArguments],
 ) -> Sheet:
@@ -273,6 +275,8 @@ def compare(
         seed: of every picture.
         title: a line above the sheet.
         accelerate: arguments of `lcmlora.accelerate`.
+        recipes: recipes to have a column each in the place of that one, at their own steps; where they map to files,
+            with these.
         call, more: further arguments of every call, as for `sweep`.
 
     Raises:
@@ -281,11 +285,17 @@ def compare(
     """
     if is_accelerated(pipe):
         raise PipelineError("compare needs the pipe as it was: lcmlora.restore(pipe) first.")
-    fast = accelerated(pipe, **(accelerate or {}))  # a misspelt setting is refused here, before anything is drawn
+    settings = dict(accelerate or {})
+    files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)
+    said = [{**settings, "recipe": name, **({} if file is None else {"lora": file})} for name, file in files.items()]
+    blocks = [accelerated(pipe, **one) for one in said or [settings]]  # misspelt ones are refused here
     base = {} if base_guidance is None else {"guidance_scale": base_guidance}
     cells = {f"base, {count} steps": {"num_inference_steps": count, **base} for count in base_steps}
     common = _checked(pipe, cells.values(), call, more, inspect.signature(accelerated).parameters)
-    without = sweep(pipe, prompts, cells, seed=seed, title=title or "without and with the LCM-LoRA", call=common)
-    with fast:
-        lcm = {f"LCM, {steps} steps": {"num_inference_steps": steps}}
-        return without + sweep(pipe, prompts, lcm, seed=seed, call=common)
+    sheet = sweep(pipe, prompts, cells, seed=seed, title=title or "without and with the LCM-LoRA", call=common)
+    for block, name in zip(blocks, [*files] or [None], strict=True):
+        with block:
+            count = steps if name is None else status(pipe).steps or 0
+            column = {f"{name or 'LCM'}, {count} steps": {"num_inference_steps": count}}
+            sheet += sweep(pipe, prompts, column, seed=seed, call=common)
+    return sheet

@@ -13,7 +13,7 @@ from .layers import ModuleIndex, unet_of
 from .lora.adapters import Adapters
 from .lora.merge import weight_in
 from .policy import Policy
-from .transition.records import ModuleRecord, module_record_of, pipe_record_of
+from .transition.records import Applied, ModuleRecord, module_record_of, pipe_record_of
 from .transition.snapshot import COMPONENTS
 
 Strength = float | Mapping[str, tuple[float, float]]
@@ -27,7 +27,10 @@ class Status:
     Attributes:
         accelerated: whether this pipe was accelerated. A sibling that shares the UNet may be, when this one is not.
         base: the base's name, "custom" for a UNet of no known structure; None if its UNet is not accelerated.
-        lora: the LCM-LoRA's file.
+        recipe: how its few-step LoRA is driven; None if its UNet is not accelerated.
+        licence: the licence of the recipe's published file, as its source gives it. None where the file is the user's
+            own, unless the recipe's forbids commercial use: the file may be a copy of it.
+        lora: the few-step LoRA's file.
         weight: the weight that it counts with.
         fused: whether the LoRAs are merged into the weights; False where they are PEFT adapters.
         styles: the styles' weights by name: those that were there before and those that lcmlora loaded. Where one is
@@ -41,6 +44,8 @@ class Status:
 
     accelerated: bool
     base: str | None
+    recipe: str | None
+    licence: str | None
     lora: str | None
     weight: float | None
     fused: bool
@@ -85,6 +90,8 @@ def status(pipe: Any) -> Status:
     return Status(
         accelerated=mine is not None,
         base=(applied.base.name if applied.base else "custom") if applied else None,
+        recipe=applied.recipe.name if applied else None,
+        licence=_licence(applied) if applied else None,
         lora=applied.lcm.label if applied else None,
         weight=next((low for name, (low, _) in active["unet"].items() if name == lcm), None),
         fused=fused,
@@ -100,8 +107,14 @@ def status(pipe: Any) -> Status:
 
 def _baked(merged: Mapping[str, Any], policy: Policy, scheduler: str) -> Status:
     """What stands in the file that `bake` wrote."""
-    base, lora, weight, styles = (merged.get(key) for key in ("base", "lora", "weight", "styles"))
-    return Status(True, base, lora, weight, True, styles or {}, {}, scheduler, policy.steps, policy.guidance, None, 0)
+    base, licence, lora, weight, styles = (merged.get(key) for key in ("base", "licence", "lora", "weight", "styles"))
+    recipe, call = policy.recipe.name, (policy.steps, policy.guidance)
+    return Status(True, base, recipe, licence, lora, weight, True, styles or {}, {}, scheduler, *call, None, 0)
+
+
+def _licence(applied: Applied) -> str | None:
+    own = applied.target.lora.where is not None and applied.recipe.commercial is not False
+    return None if own else applied.recipe.licence_of(applied.base)
 
 
 Range = tuple[float, float]

@@ -15,6 +15,7 @@ from .. import __version__
 from ..acceleration import accelerated
 from ..errors import LcmLoraError
 from ..lora.files import WEIGHT_NAME
+from ..recipe import LCM
 from .config import DistillConfig
 
 ADAPTER = "lcmlora_student"
@@ -32,6 +33,7 @@ def save(unet: Any, folder: Path, config: DistillConfig, lora: LoraConfig) -> Pa
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in adapter.items()}),
+        "lcmlora_recipe": LCM.name,
         "lcmlora": json.dumps({"version": __version__, **dataclasses.asdict(config)}),
     }
     file = folder / WEIGHT_NAME

@@ -107,6 +107,8 @@ class LoraInfo:
             unknown.
         notes: what of the file is left out, as diffusers does, in words.
         file: where it was read.
+        recipe: how its metadata says it is to be driven (`lcmlora_recipe`, which `distill` writes); None where it says
+            nothing.
     """
 
     path: Path | None
@@ -118,6 +120,7 @@ class LoraInfo:
     cross_attention_dim: int | None
     notes: tuple[str, ...] = ()
     file: LoraFile | None = dataclasses.field(default=None, repr=False)
+    recipe: str | None = None
 
     def describe(self) -> str:
         """One line: "LCM.safetensors (278 modules, rank 64, text width 768)"."""
@@ -182,6 +185,7 @@ def read(file: LoraFile) -> LoraInfo:
         cross_attention_dim=_cross_attention_dim(unet),
         notes=tuple(notes),
         file=file,
+        recipe=header.recipe,
     )
 
 
@@ -194,6 +198,7 @@ class _Header:
     alphas: Mapping[str, float]  # by module, as the file spells it
     config: Mapping[str, Any]  # what diffusers writes of PEFT's LoraConfig, the part in front: "unet.lora_alpha"
     patterns: Mapping[str, tuple[tuple[re.Pattern[str], Any], ...]]  # by part: PEFT's `alpha_pattern`, compiled
+    recipe: str | None
 
     @staticmethod
     def of(found: LoraFile) -> _Header:
@@ -211,17 +216,17 @@ class _Header:
                     if math.prod(shapes[key]) != 1:
                         raise LoraFileError(f"{path}: {key} is no single number but of shape {list(shapes[key])}.")
                 alphas = {key.removesuffix(".alpha"): float(file.get_tensor(key)) for key in alpha_keys}
-                written = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+                metadata = file.metadata() or {}
         except READ_ERRORS as error:
             raise found.unreadable(error) from error
         try:
-            config = json.loads(written)
+            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         except (json.JSONDecodeError, RecursionError) as error:
             raise LoraFileError(f"{path}: its lora_adapter_metadata is no JSON, so alpha is unknown.") from error
         config = config if isinstance(config, dict) else {}
         parts = ("unet", "text_encoder", "text_encoder_2")
         patterns = {part: _alpha_patterns(path, config.get(f"{part}.alpha_pattern") or {}) for part in parts}
-        return _Header(path, shapes, alphas, config, patterns)
+        return _Header(path, shapes, alphas, config, patterns, metadata.get("lcmlora_recipe"))
 
     def alpha(self, part: str, name: str, rank: int) -> float:
         """alpha as PEFT would have it: of the module's own key, else the metadata's, else the rank."""

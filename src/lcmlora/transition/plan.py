@@ -6,20 +6,23 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from diffusers import LCMScheduler
+import diffusers
 
 from .. import base as bases
+from .. import recipe as recipes
 from ..errors import BaseModelError, LoraMismatchError, PipelineError
 from ..layers import ModuleIndex
 from ..lora.files import Coverage, LoraInfo, cover, read
 from ..lora.merge import FileLora, Lora, Weight, contributions, parameter_of
 from ..lora.originals import check_room
 from ..lora.sources import LoraFile, Source
+from ..recipe import Recipe
 from ..warn import warn
 from .records import AS_FOUND, Applied, Content, stands_for
-from .snapshot import Component, Snapshot, check_rules, not_in_memory, signs_of_speed
+from .snapshot import Component, Snapshot, check_rules, identity_adapter, not_in_memory, signs_of_speed
 from .target import Target
 
 Files = dict[str, dict[str, FileLora]]
@@ -51,12 +54,17 @@ def make_plan(snapshot: Snapshot, target: Target, anew: Collection[str] = ()) ->
         PipelineError, BaseModelError, LoraFileError, LoraMismatchError: see `accelerate`.
     """
     check_rules(snapshot)
-    base = _base(snapshot, target)
     before = snapshot.unet.record.applied if snapshot.unet.record else None
     known = {name: file for name, file in (before.files if before else {}).items() if name not in anew}
-    same_lcm = before is not None and target.adapter_name not in anew and base == before.base
-    lcm_file = before.lcm.file if before and same_lcm else lcm_source(base, target.lora).find(target.hub)
-    lcm = lcm_lora(snapshot.unet.index, base, lcm_file)
+    stays = before if target.adapter_name not in anew else None
+    recipe, given = _recipe(target, before, stays)
+    base = _base(snapshot, target, recipe)
+    recipe = recipe.on(base)
+    same_lcm = stays is not None and (base, recipe) == (stays.base, stays.recipe)
+    lcm_file = given or (
+        stays.lcm.file if stays and same_lcm else lcm_source(base, recipe, target.lora).find(target.hub)
+    )
+    lcm = lcm_lora(snapshot.unet.index, base, lcm_file, recipe)
     _check_adapter_name(snapshot, target)
     files: Files = {"unet": {target.adapter_name: lcm}}
     for name in target.sources:
@@ -64,13 +72,48 @@ def make_plan(snapshot: Snapshot, target: Target, anew: Collection[str] = ()) ->
             known[name] = known.get(name) or target.sources[name].find(target.hub)
             for part, lora in style_loras(snapshot, name, known[name]).items():
                 files.setdefault(part, {})[name] = lora
-    weight = target.weight if target.weight is not None else (base.weight if base else 1.0)
+    weight = target.weight if target.weight is not None else _own_weight(base, recipe)
     weights = {**target.styles, target.adapter_name: weight}
     if snapshot.unet.record is None:
-        _warn_if_doubtful(snapshot)
+        _warn_if_doubtful(snapshot, recipe)
     contents = _contents(snapshot, target, files, weights)
     _check_room(snapshot, contents, target)
-    return Plan(Applied(target, base, lcm, float(weight), known), contents)
+    if not same_lcm:
+        _warn_of_name(recipe, lcm_file)
+    if recipe.commercial is False and (before is None or before.recipe.name != recipe.name):
+        warn(f"{recipe.title}, recipe {recipe.name!r}, is licensed {recipe.licence_of(base)}: no commercial use.")
+    target = dataclasses.replace(target, recipe=recipe.name)
+    return Plan(Applied(target, base, recipe, lcm, float(weight), known), contents)
+
+
+def _recipe(target: Target, before: Applied | None, stays: Applied | None) -> tuple[Recipe, LoraFile | None]:
+    """The recipe said, or the one that a file of one's own names, else what is there; and that file.
+
+    Raises:
+        BaseModelError: there is no such recipe. LoraFileError: the file can't be read.
+    """
+    if target.lora.where is None:
+        return recipes.by_name(target.recipe or (before.recipe.name if before else recipes.LCM.name)), None
+    file = stays.lcm.file if stays and stays.target.lora == target.lora else target.lora.find(target.hub)
+    name = target.recipe or read(file).recipe or (before.recipe.name if before else recipes.LCM.name)
+    return recipes.by_name(name), file
+
+
+def _own_weight(base: bases.Base | None, recipe: Recipe) -> float:
+    source = recipe.loras.get(base.name) if base else None
+    return recipe.weight if source is None or source.weight is None else source.weight
+
+
+def _warn_of_name(recipe: Recipe, file: LoraFile) -> None:
+    """Say what in its name or metadata speaks against driving a file so."""
+    written = read(file).recipe
+    name = f"{Path(file.given).name} {file.path.name if file.path else ''}"
+    wrong = f"it names recipe {written!r}" if written not in (None, recipe.name) else None
+    if wrong := wrong or (None if written else recipes.told_apart(recipe, name)):
+        warn(
+            f"{file.label} is driven as {recipe.title}, recipe {recipe.name!r}, and may be none: {wrong}. A few-step "
+            "LoRA under another's scheduler or steps gives blurred or burnt pictures; accelerate(recipe=) says which."
+        )
 
 
 def _check_adapter_name(snapshot: Snapshot, target: Target) -> None:
@@ -81,8 +124,8 @@ def _check_adapter_name(snapshot: Snapshot, target: Target) -> None:
             )
 
 
-def _warn_if_doubtful(snapshot: Snapshot) -> None:
-    """Warn where the pipe is none that LCM-LoRAs are made for, but may work."""
+def _warn_if_doubtful(snapshot: Snapshot, recipe: Recipe) -> None:
+    """Warn where the pipe is none that few-step LoRAs are made for, but may work."""
     config = stands_for(snapshot.pipe.scheduler).config
     if config.get("prediction_type", "epsilon") != "epsilon":
         warn(
@@ -94,33 +137,48 @@ def _warn_if_doubtful(snapshot: Snapshot) -> None:
             f"this pipe may be a few-step model already ({', '.join(signs)}): an LCM-LoRA on top of Turbo, Lightning, "
             "Hyper or another LCM spoils pictures."
         )
+    if recipe.likeness and (adapter := identity_adapter(snapshot)):
+        warn(f"this pipe has {adapter}, and {recipe.title} costs likeness: {recipe.likeness}.")
 
 
-def _base(snapshot: Snapshot, target: Target) -> bases.Base | None:
+def _base(snapshot: Snapshot, target: Target, recipe: Recipe) -> bases.Base | None:
     """The base found and, where one is named, that it is the one. None: a UNet and LoRA of their own."""
+    has_motion = snapshot.unet.index.has_motion
+    if recipe.motion and not has_motion:
+        raise BaseModelError(f"recipe={recipe.name!r} is for UNets with motion modules (AnimateDiff), this has none.")
     if target.base != "auto":
-        return bases.check_named(target.base, snapshot.structure, snapshot.unet.index.has_motion)
+        return bases.check_named(target.base, snapshot.structure, has_motion)
     found = bases.find_base(snapshot.structure)
     if found is None and target.lora.where is None:
-        raise BaseModelError(bases.unknown(snapshot.structure))
+        found = bases.unsupported(snapshot.structure)  # by LCM-LoRAs
+        if found is None or found.name not in recipe.loras:
+            raise BaseModelError(bases.unknown(snapshot.structure) + _other_recipes(found))
     return found
 
 
-def lcm_source(base: bases.Base | None, source: Source) -> Source:
-    """Where the LCM-LoRA asked for, or the base's own, is.
+def lcm_source(base: bases.Base | None, recipe: Recipe, source: Source) -> Source:
+    """Where the few-step LoRA asked for, or the recipe's own for this base, is.
 
     Raises:
-        BaseModelError: the base's own is asked for, and there is none.
+        BaseModelError: the recipe's own is asked for, and there is none.
     """
     if source.where is not None:
         return source
-    if base is None or base.lora is None:
-        raise BaseModelError(f"base {base.name if base else 'unknown'!r} has no LCM-LoRA; pass lora=.")
-    return Source.of(base.lora, source.weight_name or base.weight_name, source.subfolder, source.revision)
+    own = recipe.loras.get(base.name) if base else None
+    if own is None:
+        kind, name = recipe.title.partition(" ")[2], base.name if base else "unknown"
+        raise BaseModelError(f"base {name!r} has no {kind}; pass lora=.{_other_recipes(base)}")
+    return Source.of(own.lora, source.weight_name or own.weight_name, source.subfolder, source.revision)
 
 
-def lcm_lora(index: ModuleIndex, base: bases.Base | None, file: LoraFile) -> FileLora:
-    """An LCM-LoRA; it has to cover every layer that an LCM-LoRA adapts, and no other UNet's.
+def _other_recipes(base: bases.Base | None) -> str:
+    """What there is for a base."""
+    names = [recipe.name for recipe in recipes.recipes() if base and base.name in recipe.loras]
+    return f" It has files for recipes {', '.join(map(repr, names))}." if names else ""
+
+
+def lcm_lora(index: ModuleIndex, base: bases.Base | None, file: LoraFile, recipe: Recipe = recipes.LCM) -> FileLora:
+    """A few-step LoRA; it has to cover what its recipe says, and no other UNet's layers.
 
     Raises:
         LoraFileError, LoraMismatchError: see `accelerate`.
@@ -128,17 +186,28 @@ def lcm_lora(index: ModuleIndex, base: bases.Base | None, file: LoraFile) -> Fil
     info = read(file)
     if info.text_modules:
         raise LoraMismatchError(
-            f"{info.describe()} has text-encoder keys, which an LCM-LoRA has not: is it a style LoRA? Pass styles=."
+            f"{info.describe()} has text-encoder keys, which {recipe.title} has not: is it a style LoRA? Pass styles=."
         )
     coverage = cover("unet", info.modules, index.own)
     notes = (*info.notes, *coverage.notes)
     left_out = [name for name in index.lcm if name not in coverage.pairs]
-    if left_out or coverage.clashes or coverage.foreign:
+    missing = left_out if recipe.covers else [] if coverage.pairs else left_out
+    if (
+        not recipe.covers
+        and base
+        and bases.made_for(info.cross_attention_dim, len(info.modules))
+        not in (
+            None,
+            base.title,
+        )
+    ):
+        missing = left_out  # a smaller base's file, all of which fits
+    if missing or coverage.clashes or coverage.foreign:
         dropped = f" Left out, as diffusers does: {'; '.join(notes)}." if notes else ""
-        words = _mismatch(info, bases.structure_of(index), base, left_out, coverage.clashes, coverage.foreign)
+        words = _mismatch(info, bases.structure_of(index), base, recipe, left_out, coverage)
         raise LoraMismatchError(words + dropped)
     if notes:
-        warn(f"the LCM-LoRA, {info.describe()}: left out, as diffusers does: {'; '.join(notes)}.")
+        warn(f"the few-step LoRA, {info.describe()}: left out, as diffusers does: {'; '.join(notes)}.")
     return FileLora(file, coverage.pairs)
 
 
@@ -146,20 +215,20 @@ def _mismatch(
     info: LoraInfo,
     structure: bases.Structure,
     base: bases.Base | None,
+    recipe: Recipe,
     left_out: list[str],
-    clashes: tuple[str, ...],
-    foreign: tuple[str, ...],
+    coverage: Coverage,
 ) -> str:
-    total = structure.layers or 0
-    parts = [f"covers {total - len(left_out)} of the {total} layers an LCM-LoRA of this UNet has to cover"]
+    total, clashes, foreign = structure.layers or 0, coverage.clashes, coverage.foreign
+    has_to = "has to" if recipe.covers else "can"
+    parts = [f"covers {total - len(left_out)} of the {total} layers {recipe.title} of this UNet {has_to} cover"]
     if clashes:
         parts.append(f"has other shapes in {len(clashes)} (such as {clashes[0]})")
     if foreign:
         parts.append(f"names {len(foreign)} modules that the UNet has not, or names twice (such as {foreign[0]})")
     fits = bases.made_for(info.cross_attention_dim, len(info.modules))
-    way_out = (
-        f" For this pipe use {base.lora}." if base and base.lora else " Pass lora= with a file made for this UNet."
-    )
+    own = recipe.loras.get(base.name) if base else None
+    way_out = f" For this pipe use {own.lora}." if own else " Pass lora= with a file made for this UNet."
     title = base.title if base else bases.title_of(structure)
     return (
         f"{info.file.label if info.file else info.path} does not fit this pipe, {title}: it {', '.join(parts)}."
@@ -300,19 +369,24 @@ def _check_room(snapshot: Snapshot, contents: Mapping[str, Content], target: Tar
     check_room(touched, target.keep)
 
 
-def lcm_scheduler(scheduler: Any, base: bases.Base | None) -> LCMScheduler:
-    """An LCMScheduler in the place of another: its betas and prediction type, without the settings that ruin LCM.
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+_OF_THE_MODEL = {"num_train_timesteps", *_BETAS, "prediction_type", "set_alpha_to_one", "steps_offset"}
+"""What a scheduler's config says of the model it is for, and not of the sampler it is."""
 
+
+def scheduler_for(found: Any, recipe: Recipe) -> Any:
+    """The recipe's scheduler in the place of another: its betas and prediction type, and what the recipe sets.
+
+    Sampler settings of the one found (Karras sigmas, spacing) would change the steps the file was made for.
     `clip_sample` and `thresholding` would clamp latents; `rescale_betas_zero_snr` makes alpha 0 at the first step, by
     which an epsilon prediction is divided (scheduling_lcm.py, step).
     """
-    known = set(inspect.signature(LCMScheduler.__init__).parameters)
-    config = {key: value for key, value in scheduler.config.items() if key in known}
-    harmless = {"clip_sample": False, "thresholding": False, "original_inference_steps": 50}
+    cls = getattr(diffusers, recipe.scheduler)
+    config = {key: value for key, value in found.config.items() if key in _OF_THE_MODEL}
+    config.update({"clip_sample": False, "thresholding": False})
     if config.get("prediction_type", "epsilon") == "epsilon":
-        harmless["rescale_betas_zero_snr"] = False
-    if base is not None and base.beta_schedule:
-        config["beta_schedule"] = base.beta_schedule
-    made = LCMScheduler.from_config({**config, **harmless})
-    assert isinstance(made, LCMScheduler)
-    return made
+        config["rescale_betas_zero_snr"] = False
+    if recipe.beta_schedule:
+        config["beta_schedule"] = recipe.beta_schedule
+    known = inspect.signature(cls.__init__).parameters
+    return cls.from_config({key: value for key, value in {**config, **recipe.settings}.items() if key in known})

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..lora.merge import FileLora
     from ..lora.sources import LoraFile
     from ..prompts import PromptCache
+    from ..recipe import Recipe
     from .target import PipeSettings, Target
 
 RECORD = "_lcmlora"  # the attribute that holds our record, on each changed model and on each accelerated pipe
@@ -184,13 +185,15 @@ class Applied:
     Attributes:
         target: as the caller said it.
         base: the base, None for a UNet of no known structure.
-        lcm: the LCM-LoRA.
+        recipe: how its few-step LoRA is driven.
+        lcm: that LoRA.
         weight: what it counts with.
         files: the styles' files as they were found, by name.
     """
 
     target: Target
     base: Base | None
+    recipe: Recipe
     lcm: FileLora
     weight: float
     files: Mapping[str, LoraFile]

@@ -287,6 +287,15 @@ def check_rules(snapshot: Snapshot) -> None:
             raise PipelineError(why)
 
 
+def identity_adapter(snapshot: Snapshot) -> str | None:
+    """What keeps a person's face in this pipe, told from its parts; None where nothing does."""
+    projections = getattr(getattr(snapshot.unet.module, "encoder_hid_proj", None), "image_projection_layers", ())
+    if any("FaceID" in type(projection).__name__ for projection in projections):
+        return "an IP-Adapter FaceID"
+    instant = "InstantID" in type(snapshot.pipe).__name__ or hasattr(snapshot.pipe, "image_proj_model")
+    return "InstantID" if instant else None
+
+
 _FAST = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm|tcd|pcm|dmd2?|flash)(?![a-z])", re.IGNORECASE)
 
 

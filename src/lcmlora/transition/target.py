@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .. import base as bases
+from .. import recipe as recipes
 from .. import vae as vaes
 from ..calls import Policy
 from ..compiling import Compile
-from ..errors import LoraFileError, PipelineError, brief
+from ..errors import BaseModelError, LoraFileError, PipelineError, brief
 from ..lora.merge import Weight
 from ..lora.originals import KEEPS, Keep
 from ..lora.sources import Given, HubOptions, Source, not_a_source
@@ -87,8 +89,9 @@ class Target:
 
     Attributes:
         base: the base's name, "auto" to find it.
-        lora: where the LCM-LoRA is; None for the base's own.
-        weight: what it counts with; None is the base's own.
+        recipe: the recipe's name; None for what the file says, else what the UNet has already, else the default.
+        lora: where the few-step LoRA is; None for the recipe's own.
+        weight: what it counts with; None is the recipe's own.
         styles: every style that counts, and how strongly; None is as found. None in place of them: those that were
             active before.
         sources: where the styles are that are files.
@@ -97,6 +100,7 @@ class Target:
     """
 
     base: str = "auto"
+    recipe: str | None = None
     lora: Source = dataclasses.field(default_factory=lambda: Source.of(None))
     weight: float | None = None
     styles: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
@@ -111,10 +115,16 @@ class Target:
         """Refuse what no pipe can be.
 
         Raises:
-            PipelineError, LoraFileError: naming the argument.
+            PipelineError, BaseModelError, LoraFileError: naming the argument.
         """
         if not isinstance(self.base, str):
             raise PipelineError(f"base={brief(self.base)}: 'auto' or the name of a base is expected.")
+        if self.base in {recipe.name for recipe in recipes.recipes()} - {base.name for base in bases.bases()}:
+            raise BaseModelError(
+                f"{self.base!r} is a recipe, not a base: type accelerate(pipe, recipe={self.base!r})."
+            )
+        if self.recipe is not None:
+            recipes.by_name(self.recipe)
         if self.fuse not in ("auto", True, False):
             raise PipelineError(f"fuse={brief(self.fuse)}: 'auto', True or False is expected.")
         if self.keep not in KEEPS:

@@ -249,6 +249,12 @@ def why_not_fast(pipe: Any, record: PipeRecord) -> str | None:
             f"pipe.scheduler is {type(pipe.scheduler).__name__}, not {type(record.made.scheduler).__name__}: "
             "lcmlora.accelerate(pipe) puts it back"
         )
+    applied, driven = record.unet.applied if record.modules else None, record.settings.policy.recipe.name
+    if applied is not None and applied.recipe.name != driven:
+        return (
+            f"the UNet was given recipe {applied.recipe.name!r} through another pipe, and this one is driven for "
+            f"{driven!r}: lcmlora.accelerate(pipe) follows"
+        )
     return why_lora_is_off(record.unet) if record.modules else None
 
 
