@@ -28,6 +28,7 @@ RANKS = (
     ("warn", "compat"),
     ("layers",),
     ("base", "lora"),
+    ("recipe",),
     ("parameters", "policy", "calls", "prompts", "compiling", "vae"),
     ("transition",),
     ("calling", "moving"),

@@ -1,4 +1,7 @@
-"""Every recipe of the table against its card's own snippet, written out here, and every way to get one wrong."""
+"""Every recipe of the table against plain diffusers set up by hand as its card says, and every way to get one wrong.
+
+The snippets are written from notes of the cards (docs/recipes.md says what is inferred): no hub could be reached.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def trailing(cls: type, **more: Any) -> Callable[[Any], Any]:
 
 
 def ddim_of_pcm(config: Any) -> DDIMScheduler:
-    """PCM's card makes its own from the betas of Stable Diffusion."""
+    """Made of Stable Diffusion's betas and what is noted of PCM's card, not of the config that was found."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,

@@ -42,6 +42,12 @@ def what_there_is(pipe: Pipeline, file: Path) -> tuple[str | None, float | None,
     lcmlora.register(own)
     assert found in lcmlora.bases()
     assert lcmlora.unregister("own") == own
+    source = lcmlora.LoraSource("me/tcd", weight_name="tcd.safetensors", rank=64)
+    mine = lcmlora.Recipe("mine", "my LoRA", "TCDScheduler", eta=0.3, loras={"sdxl": source})
+    lcmlora.register(mine)
+    lcmlora.register(source, recipe="tcd", base="sdxl")
+    names: list[str] = [recipe.name for recipe in lcmlora.recipes()]
+    assert lcmlora.unregister("mine") == mine and names
     return status.base, status.weight, status.to_dict()
 
 

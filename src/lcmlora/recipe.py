@@ -1,6 +1,6 @@
 """How a few-step LoRA has to be driven: its scheduler, steps, guidance and the arguments of a call. A table.
 
-Each entry says what the file's card says; docs/recipes.md names the cards, and what is only inferred. Nothing else in
+Each entry is from notes of the file's card; docs/recipes.md names the cards, and what is inferred. Nothing else in
 the package knows a recipe by its name: a new one is a new entry here, or one that a user registers.
 """
 
