@@ -1,11 +1,12 @@
 """Seconds and memory of accelerating, swapping a style and restoring, against the same with plain diffusers.
 
-    python benchmarks/merging.py [sd15 sdxl] [--repeats 5] [--ways diffusers memory source disk]
+    python benchmarks/merging.py [sd15 sdxl] [--repeats 5] [--ways diffusers memory source disk] [--cpu]
 
 Full UNet shapes, half precision; an LCM-LoRA (rank 64, every layer) and two styles (rank 32, the attention layers), as
 files. Plain diffusers: load, load, set_adapters, fuse_lora; to swap, unfuse, delete, load, set_adapters, fuse; to go
 back, unfuse and unload. Every figure of one shape comes from one process in which both take turns. The UNet is loaded
 from a folder, as keep="source" needs it; what a way back leaves changed is put back, uncounted, from there.
+`--cpu` counts the process's own time on one thread, for a machine that others use too.
 
 A virtual machine may have to get memory from its host first, which can take more time than all the rest. So the
 originals are also kept in memory that was taken and given back a moment ago; the seconds of that are not counted.
@@ -29,7 +30,7 @@ from lcmlora.layers import lcm_layers
 from lcmlora.lora import originals
 from lcmlora.transition.records import module_record_of
 from lcmlora.transition.verification import component_of, examine
-from shapes import build, in_attention, peak_memory, save, seconds, summary, write_lora
+from shapes import build, count_one_processors_time, in_attention, peak_memory, save, seconds, summary, write_lora
 
 
 class Plain:
@@ -194,11 +195,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     ways = ["diffusers", "memory", "source", "disk"]
     parser.add_argument("--ways", nargs="+", default=ways, choices=ways, help="diffusers has to be there")
-    parser.add_argument("--save", default="merging-{shape}", help="name of the figures' file in benchmarks/results")
+    parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
+    if args.cpu:
+        count_one_processors_time()
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            save(args.save.format(shape=shape), measure(shape, Path(folder), args.repeats, args.ways))
+            save(f"merging-{shape}{'-cpu' * args.cpu}", measure(shape, Path(folder), args.repeats, args.ways))
 
 
 if __name__ == "__main__":

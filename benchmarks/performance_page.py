@@ -37,15 +37,17 @@ TITLES = {
 }
 
 
-def merging(shape: str) -> str:
-    result = load(f"merging-{shape}")
+def merging(shape: str, cpu: bool = False) -> str:
+    result = load(f"merging-{shape}{'-cpu' * cpu}")
+    if result is None and cpu:
+        return ""
     if result is None:
         return f"### {shape}\n\nNot measured yet: `python benchmarks/merging.py {shape}`.\n"
     plain = result["diffusers"]
     lines = [
-        f"### {shape}",
+        f"### {shape}, one thread's own seconds" if cpu else f"### {shape}",
         "",
-        f"`python benchmarks/merging.py {shape}`: {result['machine']}; median of "
+        f"`python benchmarks/merging.py {shape}{' --cpu' * cpu}`: {result['machine']}; median of "
         f"{plain['accelerate']['repeats']} (least to most), taking turns.",
         "",
     ]
@@ -66,9 +68,14 @@ def merging(shape: str) -> str:
         cells.append(f"{row['peak_bytes'] / MIB:.0f}")
         rows.append(cells)
     at_hand = result["memory at hand"]["accelerate"]
+    lines += [*table(columns, rows), ""]
     lines += [
-        *table(columns, rows),
-        "",
+        f"Before {TITLES[way]} restores, it verifies: {1000 * took:.1f} ms, "
+        f"{took / result[way]['restore']['median']:.1%} of its time (wanted: below 3 %).\n"
+        for way in ("memory", "source")
+        if (took := result.get(way, {}).get("verifying", {}).get("median"))
+    ]
+    lines += [
         "A virtual machine may have to get fresh memory from its host first: this one did for "
         'keep="memory" (the turns go in the order of the table, so keep="disk" found what had just been given back). '
         f'Where that had been done before and was not counted, keep="memory" took {spread(at_hand)} s, '
@@ -167,10 +174,12 @@ machine's moods meet both.
 An LCM-LoRA (rank 64, all its layers) and one style (rank 32, the attention layers). *Plain diffusers* is load, load,
 set_adapters, fuse; to swap, unfuse, delete, load, set_adapters, fuse; to go back, unfuse and unload, which is not
 exact. Wanted of plain diffusers' time, on SDXL's shape: to accelerate at most 0.5 keeping nothing and 0.6 keeping the
-originals in memory; to restore at most 1.0; to swap at most 0.5; and at most 150 MiB beyond what is kept.
+originals in memory, 0.65 leaving them in the file that the UNet came from; to restore at most 1.0; to swap at most
+0.5; and at most 150 MiB beyond what is kept.
 
 {merging("sdxl")}
 {merging("sd15")}
+{merging("sd15", cpu=True)}
 How: each weight is read and written once. The LCM-LoRA and all styles make one product, in float32, tile by tile into
 one buffer that stays in the processor's cache; the originals are copied onto huge pages, which all threads take from
 the system beforehand. Nothing is injected and taken out again.
