@@ -47,7 +47,8 @@ def what_there_is(pipe: Pipeline, file: Path) -> tuple[str | None, float | None,
     lcmlora.register(mine)
     lcmlora.register(source, recipe="tcd", base="sdxl")
     names: list[str] = [recipe.name for recipe in lcmlora.recipes()]
-    assert lcmlora.unregister("mine") == mine and names
+    assert lcmlora.unregister("mine") == mine
+    assert names
     return status.base, status.weight, status.to_dict()
 
 
