@@ -91,7 +91,7 @@ def test_D1_of_two_spellings_the_one_that_diffusers_keeps(case, tmp_path):
     assert len(told) == 1
     torch.testing.assert_close(weights_of(pipe.unet), expected, atol=1e-5, rtol=1e-5)
     as_lcm = xl_pipe()
-    with pytest.warns(LcmLoraWarning, match="the LCM-LoRA, twice.safetensors"):
+    with pytest.warns(LcmLoraWarning, match="the few-step LoRA, twice.safetensors"):
         lcmlora.accelerate(as_lcm, lora=file)
     torch.testing.assert_close(weights_of(as_lcm.unet), expected, atol=1e-5, rtol=1e-5)
 
