@@ -25,6 +25,21 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def path_to(module: nn.Module, name: str) -> list[nn.Module]:
+    """A module and those down to one of its parts, which is the last; empty where there is no such part.
+
+    A call asks for it: `get_submodule` takes ten times as long.
+    """
+    path: list[nn.Module] = [module]
+    for part in name.split("."):
+        child = path[-1]._modules.get(part)
+        child = wrapped(path[-1])._modules.get(part) if child is None else child
+        if child is None:
+            return []
+        path.append(child)
+    return path
+
+
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """A module's own Parameters, without those of its children."""
     return module._parameters

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RECORD = "_lcmlora"  # the attribute that holds our record, on each changed model and on each accelerated pipe
 _SAMPLES = 8
+_FEW = 8
 LOST = (
     "some of the UNet's weights are merged and some are not, and with keep=None no originals were kept. Load the pipe "
     "anew with from_pretrained."
@@ -335,7 +336,10 @@ def parameters_of(index: ModuleIndex) -> dict[str, nn.Parameter]:
 
 def sampled(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """A few values of each weight, by logical place: they stay the same in another memory layout."""
-    return {name: view.clone() for name, view in views(parameters).items()}
+    matrices = [name for name, parameter in parameters.items() if parameter.ndim > 1]
+    vectors = [name for name, parameter in parameters.items() if parameter.ndim < 2]
+    looked_at = [*matrices, *vectors[::_FEW]]  # of vectors, which lcmlora never changes, a few tell enough
+    return {name: view.clone() for name, view in views({name: parameters[name] for name in looked_at}).items()}
 
 
 def views(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -344,8 +348,11 @@ def views(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     for name, parameter in parameters.items():
         if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
             continue
-        if parameter.ndim < 2:
-            found[name] = parameter.data.flatten()[:_SAMPLES]
+        if parameter.ndim == 1:
+            found[name] = parameter.data[:_SAMPLES]
+            continue
+        if parameter.ndim == 0:
+            found[name] = parameter.data.view(1)
             continue
         (rows, columns, *inner), (down, right, *strides) = parameter.shape, parameter.stride()
         count = min(_SAMPLES, rows, columns)

@@ -102,7 +102,7 @@ def _touched(record: ModuleRecord) -> set[str]:
 
 def _changed(record: ModuleRecord, parameters: dict[str, nn.Parameter]) -> set[str]:
     """The layers whose sampled values are not those that were left there. A cast of the whole model is no change."""
-    now = {name: view for name, view in views(parameters).items() if name in record.samples}
+    now = views({name: parameters[name] for name in record.samples.keys() & parameters.keys()})
     if not now:
         return set()
     left = {name: record.samples[name].to(view.device, view.dtype) for name, view in now.items()}
@@ -268,29 +268,21 @@ def why_lora_is_off(unet: ModuleRecord) -> str | None:
     if applied is None or not applied.weight:
         return None
     layers = list(applied.lcm.pairs)
-    try:
-        probed: dict[str, Any] = {
-            layer: unet.module.get_submodule(layer) for layer in layers[:: max(1, len(layers) // _PROBES)]
-        }
-    except AttributeError:
+    paths = {layer: compat.path_to(unet.module, layer) for layer in layers[:: max(1, len(layers) // _PROBES)]}
+    if not all(paths.values()):
         return "layers of the UNet were replaced since accelerate"
-    if any(compat.is_on_disk(part) for layer in probed for part in _path(unet.module, layer)):
+    if any(compat.is_on_disk(part) for path in paths.values() for part in path):
         return None  # the memory says nothing
     if not content.merged:
-        return _why_adapter_is_off(unet, applied.target.adapter_name, applied.weight, probed)
-    if _changed(unet, {layer: parameter_of(compat.wrapped(module)) for layer, module in probed.items()}):
+        return _why_adapter_is_off(applied.target.adapter_name, applied.weight, paths)
+    if _changed(unet, {layer: parameter_of(compat.wrapped(path[-1])) for layer, path in paths.items()}):
         return "weights were changed since accelerate (load_state_dict, fuse_lora, ...), so the LCM-LoRA may be gone"
     return None
 
 
-def _path(module: nn.Module, name: str) -> Iterable[nn.Module]:
-    """A module and those around it."""
-    parts = name.split(".")
-    return (module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
-
-
-def _why_adapter_is_off(unet: ModuleRecord, name: str, weight: float, tuners: dict[str, Any]) -> str | None:
-    for layer, tuner in tuners.items():
+def _why_adapter_is_off(name: str, weight: float, paths: dict[str, list[nn.Module]]) -> str | None:
+    for *_, attention, module in paths.values():
+        tuner: Any = module
         if name not in getattr(tuner, "scaling", ()) or name not in tuner.active_adapters or tuner.disable_adapters:
             return (
                 "the LCM-LoRA is not active (another adapter was loaded or set, or it was deleted): "
@@ -298,6 +290,6 @@ def _why_adapter_is_off(unet: ModuleRecord, name: str, weight: float, tuners: di
             )
         if abs(tuner.scaling[name] - weight * unit_scale(tuner, name)) > 1e-6 * abs(weight):
             return f"the LCM-LoRA does not count with {weight:g} any more: lcmlora.accelerate(pipe) sets it again"
-        if compat.uses_fused_projections(unet.module.get_submodule(layer.rpartition(".")[0])):
+        if compat.uses_fused_projections(attention):
             return "fuse_qkv_projections() goes past PEFT adapters: lcmlora.accelerate(pipe, fuse=True) merges them"
     return None
