@@ -330,6 +330,19 @@ def test_eta_does_nothing_only_where_the_scheduler_takes_none(tiny, files):
         call_of(tiny, eta=0.7)
 
 
+class WithoutEta(diffusers.StableDiffusionPipeline):
+    def __call__(self, prompt, num_inference_steps=50, guidance_scale=7.5, output_type="pil", height=16, width=16):
+        kwargs = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return super().__call__(prompt, height, width, output_type=output_type, **kwargs)
+
+
+def test_a_pipeline_that_takes_no_eta_is_told(files):
+    pipe = sd_pipe(cls=WithoutEta)
+    lcmlora.accelerate(pipe, recipe="tcd", lora=files["few"])
+    with pytest.warns(lcmlora.LcmLoraWarning, match=r"WithoutEta takes no eta, and recipe 'tcd' wants 0\.3"):
+        call_of(pipe)
+
+
 def test_fixed_timesteps_at_a_strength_say_what_the_file_was_made_for(files):
     pipe = sd_pipe(cls=diffusers.StableDiffusionImg2ImgPipeline)
     with unheard():

@@ -128,8 +128,13 @@ class Policy:
             stretched |= asked != wanted
             if is_split(given.get("denoising_start")) or is_split(given.get("denoising_end")):
                 runs[takes.steps] = _steps_in_split(given, asked, strength, pipe)
-        if self.recipe.eta is not None and "eta" in takes.defaults and given.get("eta") is None:
-            changes["eta"] = self.recipe.eta
+        if self.recipe.eta is not None and given.get("eta") is None:
+            if "eta" in takes.defaults:
+                changes["eta"] = self.recipe.eta
+            elif not outer:
+                self._once(
+                    "no eta", f"{takes.owner} takes no eta, and recipe {self.recipe.name!r} wants {self.recipe.eta:g}."
+                )
         if self.guidance is not None:
             changes.update(self._guidance(takes, given))
         unguided = takes.guidance is not None and _is_off(changes.get(takes.guidance, given.get(takes.guidance)))
