@@ -162,7 +162,7 @@ class ModuleRecord(_Unpicklable):
     @staticmethod
     def of(index: ModuleIndex, adapters: Adapters) -> ModuleRecord:
         """The record of a model that was not changed yet."""
-        parameters = parameters_of(index)
+        parameters = watched(index)
         record = ModuleRecord(index.module, adapters, parameters, Originals(None))
         record.samples = sampled(parameters)
         return record
@@ -334,12 +334,17 @@ def parameters_of(index: ModuleIndex) -> dict[str, nn.Parameter]:
     return {**{n: p for n, p in weights.items() if isinstance(p, nn.Parameter)}, **index.vectors}
 
 
+def watched(index: ModuleIndex) -> dict[str, nn.Parameter]:
+    """Those that a record remembers: every weight, and a few of the others, which lcmlora never changes."""
+    every = parameters_of(index)
+    return {name: p for name, p in every.items() if name not in index.vectors} | {
+        name: every[name] for name in list(index.vectors)[::_FEW]
+    }
+
+
 def sampled(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """A few values of each weight, by logical place: they stay the same in another memory layout."""
-    matrices = [name for name, parameter in parameters.items() if parameter.ndim > 1]
-    vectors = [name for name, parameter in parameters.items() if parameter.ndim < 2]
-    looked_at = [*matrices, *vectors[::_FEW]]  # of vectors, which lcmlora never changes, a few tell enough
-    return {name: view.clone() for name, view in views({name: parameters[name] for name in looked_at}).items()}
+    return {name: view.clone() for name, view in views(parameters).items()}
 
 
 def views(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -25,10 +25,10 @@ from .records import (
     PipeRecord,
     Shell,
     module_record_of,
-    parameters_of,
     pipe_record_of,
     put,
     sampled,
+    watched,
 )
 from .snapshot import Component
 
@@ -93,7 +93,7 @@ def change(record: ModuleRecord, component: Component, content: Content, keep: A
         used = {name for here in _added(component, content).values() for name in here}
         check_finite({name: lora for name, lora in content.loras.items() if name in used})
     if old is AS_FOUND:  # whatever its Parameters have become since, they are as found
-        record.parameters = parameters_of(component.index)
+        record.parameters = watched(component.index)
     record.content = UNKNOWN
     stays_merged = old.merged and content.merged and originals.keep == keep
     if old.merged and not stays_merged:
