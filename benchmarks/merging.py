@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 import lcmlora
 from lcmlora.layers import lcm_layers
 from lcmlora.lora import originals
-from lcmlora.transition.records import module_record_of
-from lcmlora.transition.verification import component_of, examine
+from lcmlora.transition.snapshot import Component
+from lcmlora.transition.verification import examine
 from shapes import build, count_one_processors_time, in_attention, peak_memory, save, seconds, summary, write_lora
 
 
@@ -112,9 +112,7 @@ def changed(unet: torch.nn.Module, file: Path) -> float:
 
 def seconds_to_verify(unet: torch.nn.Module) -> float:
     """What `restore` verifies before it touches anything. The walk over the UNet is what the way back needs."""
-    record = module_record_of(unet)
-    assert record is not None
-    component = component_of("unet", record)
+    component = Component.of("unet", unet)
     return seconds(lambda: examine(component))
 
 

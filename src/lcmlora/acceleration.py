@@ -25,13 +25,12 @@ from .transition.records import (
     module_record_of,
     pipe_record_of,
 )
-from .transition.snapshot import COMPONENTS, Snapshot, not_in_memory
+from .transition.snapshot import COMPONENTS, Component, Snapshot, not_in_memory
 from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, as_weight, with_styles
 from .transition.transaction import Undo
 from .transition.verification import (
     check_as_left,
     check_way_back,
-    component_of,
     warn_of_lost_adapters,
 )
 from .warn import warn
@@ -210,9 +209,7 @@ def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
             )
         modules = dict(record.modules) if record is not None else _orphans(pipe)
         last = {
-            name: component_of(name, module)
-            for name, module in modules.items()
-            if module_record_of(module.module) is module and not any(p is not pipe for p in module.pipes)
+            name: Component.of(name, module.module) for name, module in modules.items() if module.is_for_none_but(pipe)
         }
         for name, component in last.items():
             require_originals(modules[name], "restore the weights")
@@ -317,11 +314,9 @@ def merged(pipe: Any) -> Iterator[None]:
                 continue
             if why := not_in_memory(component):
                 raise PipelineError(f"bake needs the weights, and {why}")
-            if record.content.merged:
-                check_as_left(component, "bake")
+            check_as_left(component, "bake")
             if record.content.merged or (not record.content.touched and not component.adapters.active):
                 continue
-            check_as_left(component, "bake")
             content = record.content
             loras, weights = content.loras, content.weights
             if not content.touched:

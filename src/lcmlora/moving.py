@@ -22,7 +22,6 @@ from .transition.records import (
     PipeRecord,
     Shell,
     StandIn,
-    module_record_of,
     pipe_record_of,
     put,
     stands_for,
@@ -32,7 +31,6 @@ from .transition.target import PipeSettings, Target
 from .transition.transaction import Undo
 from .transition.verification import (
     check_way_back,
-    component_of,
     drifted,
     require_way_back,
     why_lora_is_off,
@@ -66,7 +64,7 @@ def move(
     """
     record, unet = now.record, now.unet.record
     if unet is not None and unet.spoiled:
-        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+        raise PipelineError(LOST)
     applied = unet.applied if unet is not None else None
     off = unet is not None and why_lora_is_off(unet) is not None
     stays = record is not None and applied is not None and not (off or anew or said or target != applied.target)
@@ -114,7 +112,7 @@ def require_originals(record: ModuleRecord, purpose: str) -> None:
         PipelineError: `purpose` needs them.
     """
     if record.spoiled:
-        raise PipelineError(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+        raise PipelineError(LOST)
     if record.content.merged and record.originals.keep is None:
         raise PipelineError(
             f"the LoRAs were merged with keep=None, so the originals are gone and lcmlora can't {purpose}: load the "
@@ -176,11 +174,9 @@ def _left_behind(now: Snapshot) -> list[Component]:
     """Models that were accelerated, that the pipe no longer has, and that no other pipe relies on."""
     here = [component.module for component in now.components.values()]
     return [
-        component_of(name, module)
+        Component.of(name, module.module)
         for name, module in (now.record.modules if now.record else {}).items()
-        if not any(module.is_on(model) for model in here)
-        and module_record_of(module.module) is module
-        and not any(pipe is not now.pipe for pipe in module.pipes)
+        if all(module.module is not model for model in here) and module.is_for_none_but(now.pipe)
     ]
 
 

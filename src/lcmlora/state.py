@@ -77,6 +77,8 @@ def status(pipe: Any) -> Status:
     if not isinstance(unet, nn.Module):
         raise PipelineError(f"{type(pipe).__name__} has no UNet.")
     mine, record = pipe_record_of(pipe), module_record_of(unet)
+    if mine is not None and mine.baked:
+        return _baked(mine.baked["merged"], mine.settings.policy, type(pipe.scheduler).__name__)
     applied = record.applied if record else None
     models = {name: model for name in COMPONENTS if isinstance(model := unet_of(getattr(pipe, name, None)), nn.Module)}
     models["unet"] = unet
@@ -85,8 +87,6 @@ def status(pipe: Any) -> Status:
     counts = _by_style(active)
     fused = bool(record and record.content.merged)
     policy = mine.settings.policy if mine else None
-    if mine is not None and mine.baked:
-        return _baked(mine.baked["merged"], mine.settings.policy, type(pipe.scheduler).__name__)
     return Status(
         accelerated=mine is not None,
         base=(applied.base.name if applied.base else "custom") if applied else None,

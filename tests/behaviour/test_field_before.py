@@ -123,8 +123,8 @@ def with_bias(pipe):
     return "unet"
 
 
-def modules_to_save(pipe):
-    config = LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv_in"], init_lora_weights=False)
+def modules_to_save(pipe, name="conv_in"):
+    config = LoraConfig(r=2, target_modules=["to_q"], modules_to_save=[name], init_lora_weights=False)
     pipe.unet.add_adapter(config, adapter_name="own")
     for name, parameter in pipe.unet.named_parameters():
         if "modules_to_save" in name:
@@ -133,12 +133,7 @@ def modules_to_save(pipe):
 
 
 def a_block_to_save(pipe):
-    config = LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["time_embedding"], init_lora_weights=False)
-    pipe.unet.add_adapter(config, adapter_name="own")
-    for name, parameter in pipe.unet.named_parameters():
-        if "modules_to_save" in name:
-            nn.init.normal_(parameter)
-    return "unet"
+    return modules_to_save(pipe, "time_embedding")
 
 
 def loha(pipe):

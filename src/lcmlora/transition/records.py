@@ -32,8 +32,8 @@ RECORD = "_lcmlora"  # the attribute that holds our record, on each changed mode
 _SAMPLES = 8
 _FEW = 8
 LOST = (
-    "some of the UNet's weights are merged and some are not, and with keep=None no originals were kept. Load the pipe "
-    "anew with from_pretrained."
+    "an accelerate(keep=None) was stopped in the middle: some of the UNet's weights are merged and some are not, and "
+    "with keep=None no originals were kept. Load the pipe anew with from_pretrained."
 )
 lock = threading.RLock()
 """Held for the length of a transition: accelerate, set_styles and restore take turns."""
@@ -167,9 +167,21 @@ class ModuleRecord(_Unpicklable):
         record.samples = sampled(parameters)
         return record
 
-    def is_on(self, module: Any) -> bool:
-        """Whether this record still stands on its model, and the model is this one."""
-        return module is self.module and module_record_of(module) is self
+    def is_for_none_but(self, pipe: Any) -> bool:
+        """Whether this record still stands on its model, and no other pipe relies on it."""
+        return module_record_of(self.module) is self and not any(other is not pipe for other in self.pipes)
+
+    def changed(self, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+        """Those whose sampled values are not what was left there. A cast of the whole model is no change."""
+        now = views({name: parameters[name] for name in self.samples.keys() & parameters.keys()})
+        if not now:
+            return set()
+        left = {name: self.samples[name].to(view.device, view.dtype) for name, view in now.items()}
+        if len({(view.device, view.dtype) for view in now.values()}) == 1 and torch.equal(
+            torch.cat(list(now.values())), torch.cat(list(left.values()))
+        ):
+            return set()
+        return {name for name, view in now.items() if not torch.equal(view, left[name])}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleRecord:
         fields = [field.name for field in dataclasses.fields(self) if field.name != "pipes"]
@@ -315,9 +327,8 @@ def copied_from(scheduler: Any, index: ModuleIndex) -> bool:
     record = module_record_of(note.unet()) if isinstance(note, StandIn) else None
     if record is None or record.module is index.module or not record.content.merged:
         return False
-    here = views({n: p for n, p in parameters_of(index).items() if record.originals.holds(record.parameters.get(n))})
-    same = (torch.equal(view, record.samples[name].to(view.device, view.dtype)) for name, view in here.items())
-    return bool(here) and all(same)
+    merged = {n: p for n, p in parameters_of(index).items() if record.originals.holds(record.parameters.get(n))}
+    return bool(views(merged)) and not record.changed(merged)
 
 
 def put(thing: Any, record: Any) -> None:

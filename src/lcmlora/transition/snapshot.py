@@ -45,6 +45,13 @@ class Component:
     record: ModuleRecord | None
     sources: tuple[str, ...] = ()
 
+    @staticmethod
+    def of(name: str, module: nn.Module, *holders: Any) -> Component:
+        """A model as it is now. What `holders` were loaded from, it may have been loaded from too."""
+        index = ModuleIndex.of(module)
+        sources = tuple(compat.name_or_path(thing) for thing in (module, *holders))
+        return Component(name, index, Adapters(index), module_record_of(module), sources)
+
     @property
     def module(self) -> nn.Module:
         """The model."""
@@ -106,9 +113,7 @@ class Snapshot:
             module = compat.uncompiled(getattr(pipe, name, None))
             once = all(module is not other.module for other in components.values())  # SDXL's encoders may be one
             if isinstance(module, nn.Module) and once:
-                index = ModuleIndex.of(module)
-                sources = compat.name_or_path(module), compat.name_or_path(pipe)  # a UNetMotionModel forgets its own
-                components[name] = Component(name, index, Adapters(index), module_record_of(module), sources)
+                components[name] = Component.of(name, module, pipe)  # a UNetMotionModel forgets its own source
         return Snapshot(pipe, pipe_record_of(pipe), components)
 
     @property
@@ -146,7 +151,7 @@ def _check_pipeline(pipe: Any) -> None:
 def _not_drivable(snapshot: Snapshot) -> str | None:
     if not hasattr(stands_for(getattr(snapshot.pipe, "scheduler", None)), "config"):
         return f"{type(snapshot.pipe).__name__} has no scheduler that LCMScheduler could stand in for."
-    return calls.why_not(calls.plain(type(snapshot.pipe)))
+    return None if snapshot.record else calls.why_not(calls.plain(type(snapshot.pipe)))  # the class was asked then
 
 
 def _no_betas(snapshot: Snapshot) -> str | None:

@@ -162,7 +162,7 @@ def _go_back(record: ModuleRecord, component: Component, old: Content, originals
         record.spoiled = True
         put(record.module, record)
         component.adapters.restore()
-        warn(f"accelerate(keep=None) was stopped in the middle: {LOST}")
+        warn(LOST)
         return
     if record.originals is not originals:
         record.originals.put_all_back()

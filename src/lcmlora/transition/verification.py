@@ -6,16 +6,15 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import compat
 from ..errors import PipelineError
-from ..layers import INSIDE, ModuleIndex
-from ..lora.adapters import Adapters, unit_scale
+from ..layers import INSIDE
+from ..lora.adapters import unit_scale
 from ..lora.merge import FileLora, Lora, Weight, parameter_of
 from ..warn import warn
-from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, parameters_of, views
+from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, parameters_of
 from .snapshot import Component, not_in_memory
 
 _PROBES = 6
@@ -38,18 +37,12 @@ class Findings:
     inexact: tuple[str, ...] = ()
 
 
-def component_of(name: str, record: ModuleRecord) -> Component:
-    """A changed model as it is now, wherever it stands."""
-    index = ModuleIndex.of(record.module)
-    return Component(name, index, Adapters(index), record)
-
-
 def examine(component: Component) -> Findings:
     """Compare a changed model with what its record says."""
     record = component.record
     assert record is not None
     if record.spoiled:
-        return Findings(f"an accelerate(keep=None) was stopped in the middle: {LOST}")
+        return Findings(LOST)
     if record.content is AS_FOUND:  # nothing was changed, but somebody may have fused a LoRA of their own
         return Findings(inexact=tuple(sorted(component.adapters.merged)))
     if not_in_memory(component):
@@ -71,7 +64,7 @@ def examine(component: Component) -> Findings:
             moved.append(name)
     changed: set[str] = set()
     if not gone and record.content is not UNKNOWN:
-        changed = _changed(record, real) | (component.adapters.merged & real.keys())
+        changed = record.changed(real) | (component.adapters.merged & real.keys())
     ours = _touched(record)
     if not gone and not ours & changed.union(lost):  # what lcmlora did not change is the user's own to change
         return Findings(moved=tuple(name for name in moved if name not in changed))
@@ -98,19 +91,6 @@ def _touched(record: ModuleRecord) -> set[str]:
     """The layers whose weights lcmlora changed, or put adapters around."""
     kept = {name for name, parameter in record.parameters.items() if record.originals.holds(parameter)}
     return kept or kept.union(*(lora.layers for lora in record.content.loras.values()))
-
-
-def _changed(record: ModuleRecord, parameters: dict[str, nn.Parameter]) -> set[str]:
-    """The layers whose sampled values are not those that were left there. A cast of the whole model is no change."""
-    now = views({name: parameters[name] for name in record.samples.keys() & parameters.keys()})
-    if not now:
-        return set()
-    left = {name: record.samples[name].to(view.device, view.dtype) for name, view in now.items()}
-    if len({(view.device, view.dtype) for view in now.values()}) == 1 and torch.equal(
-        torch.cat(list(now.values())), torch.cat(list(left.values()))
-    ):
-        return set()
-    return {name for name, view in now.items() if not torch.equal(view, left[name])}
 
 
 def require_way_back(component: Component, purpose: str, force: bool = False) -> tuple[Findings, str | None]:
@@ -275,7 +255,7 @@ def why_lora_is_off(unet: ModuleRecord) -> str | None:
         return None  # the memory says nothing
     if not content.merged:
         return _why_adapter_is_off(applied.target.adapter_name, applied.weight, paths)
-    if _changed(unet, {layer: parameter_of(compat.wrapped(path[-1])) for layer, path in paths.items()}):
+    if unet.changed({layer: parameter_of(compat.wrapped(path[-1])) for layer, path in paths.items()}):
         return "weights were changed since accelerate (load_state_dict, fuse_lora, ...), so the LCM-LoRA may be gone"
     return None
 
