@@ -26,6 +26,7 @@ SIGNATURES = Path(__file__).with_name("signatures.txt")
 RANKS = (
     ("errors",),
     ("warn", "compat"),
+    ("devices",),
     ("layers",),
     ("base", "lora"),
     ("recipe",),
@@ -33,6 +34,7 @@ RANKS = (
     ("transition",),
     ("calling", "moving"),
     ("acceleration", "state"),
+    ("pictures",),
     ("sheets", "baking", "pocket", "testing", "distillation"),
     ("cli", "demo"),
 )

@@ -112,7 +112,7 @@ def name_or_path(thing: Any) -> str:
 
 def execution_device(pipe: Any) -> Any:
     """Where a pipeline computes, off-loaded or not."""
-    return getattr(pipe, "_execution_device", None) or pipe.device
+    return getattr(pipe, "_execution_device", None) or getattr(pipe, "device", None)
 
 
 def adapter_state(wrapper: nn.Module) -> dict[str, Any]:

@@ -6,7 +6,7 @@
      ├─ LoraFileError      the LoRA can't be found, or is not a LoRA file that can be read safely
      ├─ LoraMismatchError  the LoRA is a good file, but made for another UNet
      ├─ CallError          an accelerated pipe was called with arguments that can't work
-     └─ DataError          pictures or settings that `distill` can't train on
+     └─ DataError          pictures, texts, settings or files that can't be read, trained on or written
 
     LcmLoraWarning         something works, but not as the caller may expect
 
@@ -43,7 +43,7 @@ class CallError(LcmLoraError, ValueError):
 
 
 class DataError(LcmLoraError):
-    """Pictures, captions or settings that `distill` can't train on."""
+    """Pictures, texts or settings that can't be read, trained on or written."""
 
 
 def brief(value: Any) -> str:

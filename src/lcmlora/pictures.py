@@ -1,0 +1,140 @@
+"""Pictures on disk that say what made them, in a text chunk of the PNG."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import peft
+import torch
+from PIL import Image, PngImagePlugin
+
+from . import __version__
+from .errors import DataError
+from .lora.sources import LoraFile
+from .state import status
+from .transition.records import module_record_of
+
+CHUNK = "lcmlora"
+"""The name of the text chunk; it holds JSON."""
+
+
+def described(value: Any) -> Any:
+    """A call's argument as JSON can hold it. Equal arguments have equal descriptions, in any process: pictures and
+    tensors are named by a digest of their content.
+    """
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case os.PathLike():
+            return os.fspath(value)
+        case Mapping():
+            return {str(key): described(one) for key, one in value.items()}
+        case list() | tuple() | range():
+            return [described(one) for one in value]
+        case Image.Image():
+            return {"picture": _digest(value.mode, value.size, value.tobytes()), "size": list(value.size)}
+        case torch.Tensor():
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            return {"tensor": _digest(value.dtype, value.shape, content.numpy().tobytes())}
+        case np.ndarray():
+            return {"tensor": _digest(value.dtype, value.shape, np.ascontiguousarray(value).tobytes())}
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def key(settings: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that stand for these settings: a picture that is there already is told by them."""
+    return _digest(json.dumps(described(settings), sort_keys=True))
+
+
+def _digest(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part if isinstance(part, bytes) else str(part).encode())
+    return found.hexdigest()[:16]
+
+
+def provenance(pipe: Any) -> dict[str, Any]:
+    """What a picture of this pipe is made by: pipeline, model, recipe, licence word, LoRA files with their SHA-256,
+    weights, scheduler, versions.
+
+    LoRAs that were in the pipe before, as adapters, came from no file that is known: they have a weight alone.
+    """
+    now, record = status(pipe), module_record_of(getattr(pipe, "unet", None))
+    files: dict[str, LoraFile] = {}
+    if record is not None and record.applied is not None:
+        files = {record.applied.target.adapter_name: record.applied.lcm.file, **record.applied.files}
+    return {
+        "pipeline": type(pipe).__name__,
+        "model": getattr(pipe, "name_or_path", None) or None,
+        "status": described(now.to_dict()),
+        "loras": {name: {"file": file.label, "sha256": sha256(file)} for name, file in files.items()},
+        "versions": {
+            "lcmlora": __version__,
+            "diffusers": diffusers.__version__,
+            "peft": peft.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def sha256(file: LoraFile) -> str | None:
+    """The digest of a LoRA's file; None for tensors that came from no file."""
+    return None if file.path is None else _sha256(file.path, file.stamp)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: Path, stamp: Any) -> str:
+    """Computed once for a file as it was at its stamp."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def save(image: Image.Image, path: str | Path, record: Mapping[str, Any]) -> Path:
+    """Write a PNG with `record` in its text chunk. It appears under its name only when it is whole.
+
+    Raises:
+        DataError: it can't be written there.
+    """
+    path = Path(path)
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(CHUNK, json.dumps(described(record)))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(partial, format="PNG", pnginfo=text)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise DataError(f"{path} can't be written: {error.strerror or error}.") from error
+    return path
+
+
+def load(path: str | Path) -> tuple[Image.Image, dict[str, Any]]:
+    """A picture and what its chunk says.
+
+    Raises:
+        DataError: it is no picture, or none that lcmlora wrote.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            text = picture.info.get(CHUNK)
+            record = json.loads(text) if isinstance(text, str) else None
+            image = picture.copy()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} can't be read as a picture: {error}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path} does not say what made it: only a PNG that lcmlora wrote does.")
+    image.info.pop(CHUNK, None)
+    return image, record
