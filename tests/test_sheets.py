@@ -134,7 +134,9 @@ def test_the_sheet_shows_each_picture_in_its_place(pipe):
     """Two rows of two coloured squares, and text around them."""
     colours = ["red", "green", "blue", "yellow"]
     images = tuple(Image.new("RGB", (16, 16), colour) for colour in colours)
-    sheet = lcmlora.Sheet(images, ({},) * 4, ("one", "two"), ("a", "b"), "title")
+    cells = [sheets.Cell(image, {}) for image in images]
+    lines = (sheets.Line("a"), sheets.Line("b"))
+    sheet = lcmlora.Sheet((tuple(cells[:2]), tuple(cells[2:])), ("one", "two"), lines, "title")
     found = [
         colour
         for _, colour in sheet.image.getcolors(1 << 20)

@@ -2,114 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import json
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
-from .acceleration import accelerated
-from .calls import plain
-from .errors import PipelineError
-from .lora.sources import Given
-from .parameters import Parameters, refuse
-from .state import is_accelerated, status
-from .transition.records import pipe_record_of
+from ..acceleration import accelerated
+from ..calls import plain
+from ..errors import PipelineError
+from ..lora.sources import Given
+from ..parameters import Parameters, refuse
+from ..state import is_accelerated, status
+from ..transition.records import pipe_record_of
+from .sheet import Cell, Line, Sheet
 
 SEED = 1337
 LCM_STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 BASE_STEPS = (1, 4, 8, 15, 20, 25, 30, 50)
 GUIDANCE = (1.0, 1.25, 1.5, 2.0)
-_GAP = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Sheet:
-    """Pictures in rows and columns, and what made each.
-
-    Attributes:
-        images: the pictures, row by row.
-        rows: one dict a picture, in the same order: "prompt", "column", "seed", "seconds", the call's settings, and
-            the pipe's `status`.
-        columns: the columns' labels.
-        labels: the rows' labels: the prompts.
-        title: a line above the sheet.
-    """
-
-    images: tuple[Image.Image, ...]
-    rows: tuple[Mapping[str, Any], ...]
-    columns: tuple[str, ...]
-    labels: tuple[str, ...]
-    title: str = ""
-
-    @property
-    def image(self) -> Image.Image:
-        """The labelled contact sheet. Small pictures are enlarged to about 128 pixels, to give the labels room."""
-        zoom = max(1, round(128 / self.images[0].width))
-        width, height = (side * zoom for side in self.images[0].size)
-        points = max(11, height // 11)
-        font, line = ImageFont.load_default(points), round(points * 1.5)
-        top = line * (2 if self.title else 1)
-        sheet_width = len(self.columns) * (width + _GAP) + _GAP
-        sheet = Image.new("RGB", (sheet_width, top + len(self.labels) * (height + line + _GAP)), "white")
-        draw = ImageDraw.Draw(sheet)
-        if self.title:
-            draw.text((_GAP, 2), _fitted(self.title, font, sheet_width), fill="black", font=font)
-        for column, label in enumerate(self.columns):
-            place = _GAP + column * (width + _GAP)
-            draw.text((place, top - line + 2), _fitted(label, font, width), fill="black", font=font)
-        for row, label in enumerate(self.labels):
-            y = top + row * (height + line + _GAP)
-            for column in range(len(self.columns)):
-                picture = self.images[row * len(self.columns) + column].resize(
-                    (width, height), Image.Resampling.BICUBIC
-                )
-                sheet.paste(picture, (_GAP + column * (width + _GAP), y))
-            draw.text((_GAP, y + height + 2), _fitted(label, font, sheet_width), fill=(90, 90, 90), font=font)
-        return sheet
-
-    def seconds(self, column: str) -> float:
-        """Mean seconds per picture of a column, its first picture (which warms up) left out where there are more."""
-        times = [row["seconds"] for row in self.rows if row["column"] == column]
-        kept = times[1:] or times
-        return float(sum(kept) / len(kept))
-
-    def save(self, folder: str | Path, name: str = "sheet") -> Path:
-        """Write `name`.png, the labelled sheet, and `name`.json, what made each picture; returns the PNG's path."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.image.save(folder / f"{name}.png")
-        text = json.dumps({"title": self.title, "pictures": list(self.rows)}, indent=1, default=str)
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        return folder / f"{name}.png"
-
-    def __add__(self, other: Sheet) -> Sheet:
-        """Another sheet's columns to the right of these; the prompts must be the same.
-
-        Raises:
-            ValueError: they are not.
-        """
-        if self.labels != other.labels:
-            raise ValueError(f"sheets of other prompts can't stand side by side: {self.labels} and {other.labels}")
-        mine, theirs = len(self.columns), len(other.columns)
-        images, rows = [], []
-        for row in range(len(self.labels)):
-            images += [*self.images[row * mine : (row + 1) * mine], *other.images[row * theirs : (row + 1) * theirs]]
-            rows += [*self.rows[row * mine : (row + 1) * mine], *other.rows[row * theirs : (row + 1) * theirs]]
-        return Sheet(tuple(images), tuple(rows), self.columns + other.columns, self.labels, self.title)
-
-
-def _fitted(text: str, font: Any, width: int) -> str:
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-2] + "…"
-        if text == "…":
-            break
-    return text
 
 
 class CallArguments(TypedDict, total=False):
@@ -192,8 +104,9 @@ def sweep(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     active = status(pipe).to_dict()
     common = _checked(pipe, cells.values(), call, more)
-    images, rows = [], []
+    lines = []
     for prompt in prompts:
+        line = []
         for label, arguments in cells.items():
             settings = {**common, **arguments}
             began = time.perf_counter()
@@ -201,10 +114,10 @@ def sweep(
             seconds = time.perf_counter() - began
             ran = record.settings.policy.ran if (record := pipe_record_of(pipe)) else {}
             row = {"prompt": prompt, "column": _label(label, arguments, ran), "seed": seed, "seconds": seconds}
-            images.append(image)
-            rows.append({**row, **settings, **ran, "status": active})
-    columns = tuple(row["column"] for row in rows[: len(cells)])
-    return Sheet(tuple(images), tuple(rows), columns, tuple(prompts), title)
+            line.append(Cell(image, {**row, **settings, **ran, "status": active}))
+        lines.append(tuple(line))
+    columns = tuple(cell.row["column"] for cell in lines[0])
+    return Sheet(tuple(lines), columns, tuple(map(Line, prompts)), title)
 
 
 def sweep_steps(
