@@ -25,7 +25,7 @@ PACKAGE = Path(lcmlora.__file__).parent
 SIGNATURES = Path(__file__).with_name("signatures.txt")
 RANKS = (
     ("errors",),
-    ("warn", "compat"),
+    ("warn", "compat", "pages"),
     ("devices",),
     ("layers",),
     ("base", "lora"),
