@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import functools
+import io
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ..pages import picture_uri, write
 from ..pictures import described
+from .drawing import drawn
 
-_GAP = 4
+_NOTEBOOK = 1200
+"""The widest that a notebook is given: it keeps every picture in its file."""
 
 
 class Cell(NamedTuple):
@@ -37,7 +45,7 @@ class Line(NamedTuple):
     label: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sheet:
     """Pictures in lines and columns, and what made each.
 
@@ -56,17 +64,51 @@ class Sheet:
     @property
     def images(self) -> tuple[Image.Image, ...]:
         """The pictures that were drawn, line by line."""
-        return tuple(cell.image for line in self.cells for cell in line if cell is not None)
+        return tuple(cell.image for cell in self._drawn())
 
     @property
     def rows(self) -> tuple[Mapping[str, Any], ...]:
         """What made each of `images`, in the same order."""
-        return tuple(cell.row for line in self.cells for cell in line if cell is not None)
+        return tuple(cell.row for cell in self._drawn())
 
-    @property
+    def _drawn(self) -> Iterator[Cell]:
+        return (cell for line in self.cells for cell in line if cell is not None)
+
+    @functools.cached_property
     def image(self) -> Image.Image:
-        """The labelled contact sheet."""
-        return _drawn(self)
+        """The labelled contact sheet, drawn once: title, columns above, labels and prompts on the left.
+
+        Pictures below 128 pixels are enlarged; a sheet of more than 80 million pixels is made smaller. Scripts that
+        Pillow's font lacks are drawn by a font of this system.
+
+        Raises:
+            DataError: no picture was drawn yet.
+        """
+        return drawn(self)
+
+    def __repr__(self) -> str:
+        return f"Sheet({summary(self)}{f', {self.title!r}' if self.title else ''})"
+
+    def _small(self) -> Image.Image | None:
+        image = self.image.copy() if self.images else None
+        if image is not None:
+            image.thumbnail((_NOTEBOOK, 4 * _NOTEBOOK))
+        return image
+
+    def _repr_png_(self) -> bytes | None:
+        """The sheet in a notebook, at most 1,200 pixels wide; None where nothing was drawn."""
+        if (image := self._small()) is None:
+            return None
+        stream = io.BytesIO()
+        image.save(stream, "png")
+        return stream.getvalue()
+
+    def _repr_html_(self) -> str:
+        said = escape(repr(self))
+        if (image := self._small()) is None:
+            return f"<p>{said}</p>"
+        picture = f'<img src="{picture_uri(image, 85)}" alt="{said}" style="max-width:100%">'
+        return f"<figure>{picture}<figcaption>{said}</figcaption></figure>"
 
     def seconds(self, column: str) -> float:
         """Mean seconds per picture of a column, its first picture (which warms up) left out where there are more."""
@@ -74,14 +116,73 @@ class Sheet:
         kept = times[1:] or times
         return float(sum(kept) / len(kept))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Title, columns, lines, and the row of each picture, fit for JSON: a number that is none is None."""
+        lines = [{"prompt": line.prompt, "label": line.label} for line in self.lines]
+        pictures = [_finite(described(row)) for row in self.rows]
+        return {"title": self.title, "columns": list(self.columns), "lines": lines, "pictures": pictures}
+
     def save(self, folder: str | Path, name: str = "sheet") -> Path:
-        """Write `name`.png, the labelled sheet, and `name`.json, what made each picture; returns the PNG's path."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.image.save(folder / f"{name}.png")
-        text = json.dumps({"title": self.title, "pictures": described(self.rows)}, indent=1)
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        return folder / f"{name}.png"
+        """Write `name`.png, the labelled sheet, and beside it `name`.json and `name`.csv, what made each picture.
+
+        Args:
+            folder: made where it is missing.
+            name: of the files.
+
+        Returns:
+            The PNG's path.
+
+        Raises:
+            DataError: they can't be written there, or no picture was drawn yet.
+        """
+        stream, folder = io.BytesIO(), Path(folder)
+        self.image.save(stream, "png")
+        path = write(folder / f"{name}.png", stream.getvalue())
+        write(folder / f"{name}.json", json.dumps(self.to_dict(), indent=1, ensure_ascii=False))
+        self.to_csv(folder / f"{name}.csv")
+        return path
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write a table of the rows, one a picture. What a row holds in a mapping has columns of its own, such as
+        "styles.ink"; lists are JSON.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The path.
+
+        Raises:
+            DataError: it can't be written there.
+        """
+        rows = [flat(row) for row in self.to_dict()["pictures"]]
+        stream = io.StringIO(newline="")
+        table = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)))
+        table.writeheader()
+        table.writerows(
+            {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for k, v in row.items()}
+            for row in rows
+        )
+        return write(path, stream.getvalue())
+
+    def to_html(self, path: str | Path, *, quality: int | None = None) -> Path:
+        """Write one page that needs nothing else: the pictures, a slider over the columns, any two compared by a wipe,
+        and a table that sorts.
+
+        Args:
+            path: of the file.
+            quality: of the pictures (WebP), 1 to 100; 100 keeps every pixel. None is 100 up to 16 million pixels in
+                all, and 90 above: the page says which.
+
+        Returns:
+            The path.
+
+        Raises:
+            DataError: it can't be written there, no picture was drawn yet, or there is no such quality.
+        """
+        from .report import page
+
+        return write(path, page(self, quality))
 
     def __add__(self, other: Sheet) -> Sheet:
         """Another sheet's columns to the right of these; the lines must be the same.
@@ -89,41 +190,40 @@ class Sheet:
         Raises:
             ValueError: they are not.
         """
+        if not isinstance(other, Sheet):
+            return NotImplemented
         if self.lines != other.lines:
             raise ValueError(f"sheets of other prompts can't stand side by side: {self.lines} and {other.lines}")
         cells = tuple((*mine, *theirs) for mine, theirs in zip(self.cells, other.cells, strict=True))
         return Sheet(cells, self.columns + other.columns, self.lines, self.title)
 
 
-def _drawn(sheet: Sheet) -> Image.Image:
-    """Small pictures are enlarged to about 128 pixels, to give the labels room."""
-    zoom = max(1, round(128 / sheet.images[0].width))
-    width, height = (side * zoom for side in sheet.images[0].size)
-    points = max(11, height // 11)
-    font, line = ImageFont.load_default(points), round(points * 1.5)
-    top = line * (2 if sheet.title else 1)
-    sheet_width = len(sheet.columns) * (width + _GAP) + _GAP
-    image = Image.new("RGB", (sheet_width, top + len(sheet.lines) * (height + line + _GAP)), "white")
-    draw = ImageDraw.Draw(image)
-    if sheet.title:
-        draw.text((_GAP, 2), _fitted(sheet.title, font, sheet_width), fill="black", font=font)
-    for column, label in enumerate(sheet.columns):
-        place = _GAP + column * (width + _GAP)
-        draw.text((place, top - line + 2), _fitted(label, font, width), fill="black", font=font)
-    for row, (prompt, label) in enumerate(sheet.lines):
-        y = top + row * (height + line + _GAP)
-        for column, cell in enumerate(sheet.cells[row]):
-            if cell is not None:
-                picture = cell.image.resize((width, height), Image.Resampling.BICUBIC)
-                image.paste(picture, (_GAP + column * (width + _GAP), y))
-        text = _fitted(f"{label}  {prompt}" if label else prompt, font, sheet_width)
-        draw.text((_GAP, y + height + 2), text, fill=(90, 90, 90), font=font)
-    return image
+def summary(sheet: Sheet) -> str:
+    """How large a sheet is, and how much of it is there."""
+    lines, columns = _count(len(sheet.lines), "line"), _count(len(sheet.columns), "column")
+    places, there = len(sheet.lines) * len(sheet.columns), len(sheet.images)
+    return f"{lines} x {columns}, {'' if there == places else f'{there} of '}{_count(places, 'picture')}"
 
 
-def _fitted(text: str, font: Any, width: int) -> str:
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…" if not text.endswith("…") else text[:-2] + "…"
-        if text == "…":
-            break
-    return text
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _finite(value: Any) -> Any:
+    """A description without the numbers that JSON lacks."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(one) for key, one in value.items()}
+        case list():
+            return [_finite(one) for one in value]
+    return value
+
+
+def flat(row: Mapping[str, Any], front: str = "") -> dict[str, Any]:
+    """A row without mappings: what one holds is named like "styles.ink"."""
+    made: dict[str, Any] = {}
+    for name, value in row.items():
+        made |= flat(value, f"{front}{name}.") if isinstance(value, Mapping) else {f"{front}{name}": value}
+    return made
