@@ -19,7 +19,7 @@ from PIL import Image
 
 import lcmlora
 from conftest import PIPES, sd_pipe
-from lcmlora import testing
+from lcmlora import metrics, testing
 
 PACKAGE = Path(lcmlora.__file__).parent
 SIGNATURES = Path(__file__).with_name("signatures.txt")
@@ -35,7 +35,7 @@ RANKS = (
     ("calling", "moving"),
     ("acceleration", "state"),
     ("pictures",),
-    ("sheets", "baking", "pocket", "testing", "distillation"),
+    ("sheets", "baking", "metrics", "pocket", "testing", "distillation"),
     ("cli", "demo"),
 )
 """Each module or folder may import from its own row and from those above."""
@@ -316,10 +316,11 @@ def test_one_accelerate_walks_over_the_unet_at_most_twice(kind, lcm_file):
 def surface() -> str:
     """Every public name with its signature; a class with its fields and methods."""
     lines = []
-    for owner, names in (("lcmlora", lcmlora.__all__), ("lcmlora.testing", ("tiny_lora", "tiny_pipeline"))):
-        home = lcmlora if owner == "lcmlora" else testing
+    public = {lcmlora: lcmlora.__all__, testing: ("tiny_lora", "tiny_pipeline")}
+    public[metrics] = ("clip_score", "distance", "lpips", "measured", "pick_score")
+    for home, names in public.items():
         for name in names:
-            lines += described(f"{owner}.{name}", getattr(home, name))
+            lines += described(f"{home.__name__}.{name}", getattr(home, name))
     return "\n".join(lines) + "\n"
 
 
