@@ -174,8 +174,16 @@ def test_a_model_that_is_no_clip_is_refused(tmp_path, clip):
 
     CLIPTextModel(text_config(tiny_tokenizer())).save_pretrained(tmp_path)
     clip[1].save_pretrained(tmp_path)
-    with pytest.raises(lcmlora.DataError, match=r"CLIP model is expected|holds no CLIP model"):
+    with pytest.raises(lcmlora.DataError, match=r"CLIP model and its processor are expected|holds no CLIP model"):
         pick_score(tmp_path)
+
+
+def test_a_function_that_returns_no_clip_is_refused(clip):
+    for given in (None, clip[0], (None, clip[1])):
+        with pytest.raises(
+            lcmlora.DataError, match=r"The function gives .* CLIP model and its processor are expected"
+        ):
+            pick_score(lambda given=given: given)
 
 
 # -- what is not installed --------------------------------------------------------------------------------------------

@@ -294,4 +294,6 @@ def test_sheets_with_gaps_stand_side_by_side():
     assert [[cell is None for cell in line] for line in both.cells] == [[True, False, False], [False] * 3]
     with pytest.raises(TypeError):
         a_sheet() + 1
+    with pytest.raises(lcmlora.DataError, match="'9 steps' was drawn: the columns are 1 steps, 1 steps, 2"):
+        both.seconds("9 steps")
     assert pages.shown(both.seconds("1 steps")) == "0.25"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lcmlora
+from lcmlora.metrics import distance, measured
 from lcmlora.testing import tiny_lora, tiny_pipeline
 
 
@@ -57,6 +58,8 @@ def sheets(pipe: Pipeline) -> lcmlora.Sheet:
     guidance = lcmlora.sweep_guidance(pipe, "a fox", negative_prompt="blurred", call={"eta": 0.0})
     both = lcmlora.compare(pipe, "a fox", steps=4, base_steps=(4, 25), accelerate={"guidance": 1.5})
     both.save("sheets", "compare")
+    page: Path = measured(both, {"distance": distance()}).to_html("compare.html", quality=90)
+    both.to_csv(page.with_suffix(".csv"))
     return steps + guidance
 
 

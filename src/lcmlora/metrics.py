@@ -167,8 +167,11 @@ def lpips(net: Literal["alex", "vgg", "squeeze"] = "alex") -> Metric:
     network = LearnedPerceptualImagePatchSimilarity(net, normalize=True)
 
     def looks(image: Image.Image, row: Mapping[str, Any], reference: Image.Image) -> float:
-        with torch.inference_mode():
-            value = network(*(_tensor(one)[None] / 255 for one in (image, reference)))
+        try:
+            with torch.inference_mode():
+                value = network(*(_tensor(one)[None] / 255 for one in (image, reference)))
+        except RuntimeError as error:
+            raise DataError(f"LPIPS can't read pictures of {image.size} pixels by net={net!r}: {error}") from error
         network.reset()
         return float(value)
 
@@ -208,22 +211,25 @@ class _Clip(torch.nn.Module):
 def _loaded(model: Model) -> tuple[Any, Any]:
     """Model and processor. A name that is no folder is refused: transformers would look for it on the hub."""
     if callable(model):
-        return model()
-    if not Path(model).is_dir():
-        raise DataError(
-            f"{str(model)!r} is no local folder, and nothing is downloaded: name one that holds a CLIP model."
-        )
+        source, found = "The function", model()
+    else:
+        source, found = str(model), _from_folder(model)
+    if not isinstance(found, tuple) or len(found) != 2 or not hasattr(found[0], "get_text_features"):
+        raise DataError(f"{source} gives {brief(found)}: a CLIP model and its processor are expected.")
+    return found
+
+
+def _from_folder(folder: str | Path) -> tuple[Any, Any]:
+    if not Path(folder).is_dir():
+        raise DataError(f"{str(folder)!r} is no local folder, and nothing is downloaded: name one with a CLIP model.")
     from transformers import AutoModel, AutoProcessor
 
     try:
-        made = AutoModel.from_pretrained(model, local_files_only=True)
-        processor = AutoProcessor.from_pretrained(model, local_files_only=True)
+        made = AutoModel.from_pretrained(folder, local_files_only=True)
+        return made, AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise DataError(f"{model} holds no CLIP model with its processor: {first}") from error
-    if not hasattr(made, "get_text_features"):
-        raise DataError(f"{model} holds a {type(made).__name__}, and a CLIP model is expected.")
-    return made, processor
+        raise DataError(f"{folder} holds no CLIP model with its processor: {first}") from error
 
 
 def _needs(package: str) -> None:

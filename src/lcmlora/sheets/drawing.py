@@ -27,8 +27,7 @@ def drawn(sheet: Sheet) -> Image.Image:
     Raises:
         DataError: it has no picture.
     """
-    if not sheet.images:
-        raise DataError("This sheet has no picture to show: it was stopped before its first one was drawn.")
+    need_pictures(sheet)
     layout = _Layout(sheet)
     image = Image.new("RGB", layout.size, "white")
     for place, text, colour in layout.texts():
@@ -45,6 +44,12 @@ def drawn(sheet: Sheet) -> Image.Image:
             shown = shown if shown.size == size else shown.resize(size, filter_)
             image.paste(shown, (x + (wide - size[0]) // 2, y + (high - size[1]) // 2))
     return image
+
+
+def need_pictures(sheet: Sheet) -> None:
+    """Refuse a sheet of gaps alone where a picture is needed."""
+    if not sheet.images:
+        raise DataError("This sheet has no picture to show: it was stopped before its first one was drawn.")
 
 
 class _Layout:
@@ -89,7 +94,7 @@ class _Layout:
         """Room on the left: what the longest label or prompt takes, at most 16 letters or so and a cell's width."""
         texts = [text for line in self.sheet.lines for text in line if text]
         most = max(self.points * 10, min(widest, self.points * 16))
-        wanted = max((fonts.width(text, self.points) for text in texts), default=0)
+        wanted = max((fonts.width(text[:most], self.points) for text in texts), default=0)
         return math.ceil(min(wanted, most)) + 2 * self.gap if wanted else self.gap
 
     def slot(self, line: int, column: int) -> tuple[int, int, int, int]:

@@ -172,7 +172,7 @@ def wrapped(text: str, points: int, room: int, lines: int) -> list[str]:
 
 def _fitting(text: str, points: int, room: int) -> int:
     """How many characters of a text fit, one at least."""
-    low, high = 1, len(text)
+    low, high = 1, min(len(text), room)  # hardly a letter is narrower than a pixel
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if width(text[:middle], points) <= room else (low, middle - 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..pages import picture_uri, render
+from .drawing import need_pictures
 from .sheet import Sheet, flat, summary
 
 _LOSSLESS_PIXELS = 16_000_000
@@ -19,21 +20,21 @@ def page(sheet: Sheet, quality: int | None = None) -> str:
     Raises:
         DataError: the sheet has no picture, or there is no such quality.
     """
-    if not sheet.images:
-        raise DataError("This sheet has no picture to show: it was stopped before its first one was drawn.")
+    need_pictures(sheet)
     if quality is None:
         pixels = sum(image.width * image.height for image in sheet.images)
         quality = 100 if pixels <= _LOSSLESS_PIXELS else _QUALITY
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
+    if type(quality) is not int or not 1 <= quality <= 100:
         raise DataError(f"quality={quality!r} is none of a picture: pass 1 to 100; 100 keeps every pixel.")
     columns, rows, same = _table(sheet)
+    widest = max(image.width for image in sheet.images)
     return render(
         "sheet.html.j2",
         title=sheet.title or "Contact sheet",
         about=summary(sheet),
         columns=sheet.columns,
-        lines=_lines(sheet, None if quality == 100 else quality),
-        widest=max(image.width for image in sheet.images),
+        lines=_lines(sheet, widest, None if quality == 100 else quality),
+        widest=widest,
         names=columns,
         rows=rows,
         same=same,
@@ -41,9 +42,8 @@ def page(sheet: Sheet, quality: int | None = None) -> str:
     )
 
 
-def _lines(sheet: Sheet, quality: int | None) -> list[dict[str, Any]]:
+def _lines(sheet: Sheet, widest: int, quality: int | None) -> list[dict[str, Any]]:
     """Prompt, label and cells of each line, for the template."""
-    widest = max(image.width for image in sheet.images)
     number, lines = 0, []
     for (prompt, label), cells in zip(sheet.lines, sheet.cells, strict=True):
         shown: list[dict[str, Any] | None] = []

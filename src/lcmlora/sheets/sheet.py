@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from ..errors import DataError
 from ..pages import picture_uri, write
 from ..pictures import described
 from .drawing import drawn
@@ -111,8 +112,14 @@ class Sheet:
         return f"<figure>{picture}<figcaption>{said}</figcaption></figure>"
 
     def seconds(self, column: str) -> float:
-        """Mean seconds per picture of a column, its first picture (which warms up) left out where there are more."""
+        """Mean seconds per picture of a column, its first picture (which warms up) left out where there are more.
+
+        Raises:
+            DataError: no picture of such a column was drawn.
+        """
         times = [row["seconds"] for row in self.rows if row["column"] == column]
+        if not times:
+            raise DataError(f"No picture of column {column!r} was drawn: the columns are {', '.join(self.columns)}.")
         kept = times[1:] or times
         return float(sum(kept) / len(kept))
 
