@@ -212,6 +212,17 @@ def test_it_is_readable_on_a_phone(visit):
     look(page, "phone-wipe")
 
 
+def test_many_columns_scroll_beside_their_prompt(visit):
+    page = visit(720, 700)
+    sheet, heading = page.locator("#sheet"), page.get_by_role("heading", name=demo.PROMPTS[0])
+    sheet.evaluate("sheet => sheet.style.setProperty('--w', '224px')")
+    sheet.evaluate("sheet => { sheet.scrollLeft = 200; }")
+    assert sheet.evaluate("sheet => sheet.scrollLeft") == 200
+    assert page.evaluate("document.documentElement.scrollWidth") == 720
+    assert heading.bounding_box()["x"] >= 0
+    look(page, "tablet")
+
+
 def test_without_scripts_everything_is_there(visit):
     page = visit(java_script_enabled=False)
     expect(pictures(page)).to_have_count(11)

@@ -180,9 +180,7 @@ def test_a_model_that_is_no_clip_is_refused(tmp_path, clip):
 
 def test_a_function_that_returns_no_clip_is_refused(clip):
     for given in (None, clip[0], (None, clip[1])):
-        with pytest.raises(
-            lcmlora.DataError, match=r"The function gives .* CLIP model and its processor are expected"
-        ):
+        with pytest.raises(lcmlora.DataError, match=r"function gives .* CLIP model and its processor are expected"):
             pick_score(lambda given=given: given)
 
 
