@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import lcmlora
-from lcmlora import demo, metrics
-from lcmlora.sheets import Sheet
+from lcmlora import demo
+from lcmlora.sheets import Sheet, metrics
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -19,14 +19,15 @@ from PIL import Image
 
 import lcmlora
 from conftest import PIPES, sd_pipe
-from lcmlora import metrics, testing
+from lcmlora import testing
+from lcmlora.sheets import metrics
 
 PACKAGE = Path(lcmlora.__file__).parent
 SIGNATURES = Path(__file__).with_name("signatures.txt")
 RANKS = (
     ("errors",),
     ("warn", "compat", "pages"),
-    ("devices",),
+    ("devices", "progress"),
     ("layers",),
     ("base", "lora"),
     ("recipe",),
@@ -35,7 +36,7 @@ RANKS = (
     ("calling", "moving"),
     ("acceleration", "state"),
     ("pictures",),
-    ("sheets", "baking", "metrics", "pocket", "testing", "distillation"),
+    ("sheets", "baking", "pocket", "testing", "distillation"),
     ("cli", "demo"),
 )
 """Each module or folder may import from its own row and from those above."""

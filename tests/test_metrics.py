@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 import lcmlora
-from lcmlora import metrics
-from lcmlora.metrics import clip_score, distance, lpips, measured, pick_score
-from lcmlora.sheets import Cell, Line, Sheet
+from lcmlora.sheets import Cell, Line, Sheet, metrics
+from lcmlora.sheets.metrics import clip_score, distance, lpips, measured, pick_score
 from lcmlora.testing import tiny_tokenizer
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import DataError, LcmLoraError, brief
-from .sheets import Cell, Sheet
+from ..errors import DataError, LcmLoraError, brief
+from .sheet import Cell, Sheet
 
 Metric: TypeAlias = Callable[[Image.Image, Mapping[str, Any], Image.Image], float | None]
 """Called with a picture, its row, and the picture to compare it with: `measured` says which that is."""
