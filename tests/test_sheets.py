@@ -16,6 +16,7 @@ import lcmlora
 from conftest import assert_same, sd_pipe, sdxl_pipe, snapshot
 from lcmlora import sheets
 from lcmlora.sheets import states
+from lcmlora.sheets.metrics import distance
 from lcmlora.sheets.sweeping import picture_of
 from lcmlora.testing import tiny_lora
 
@@ -461,3 +462,18 @@ def test_what_ran_of_a_plain_image_to_image_pipe_is_what_strength_leaves(lcm_fil
     sheet = lcmlora.sweep(pipe, "a", {"strength": (0.5, 1.0)}, image=Image.new("RGB", (16, 16)), num_inference_steps=4)
     assert [row["num_inference_steps"] for row in sheet.rows] == [2, 4]
     assert len(batches) == 6
+
+
+def test_a_metric_that_fails_costs_no_picture(pipe):
+    def fails(image, row, reference):
+        raise ZeroDivisionError("oh")
+
+    with pytest.warns(lcmlora.LcmLoraWarning, match="no metrics, as one of them failed: ZeroDivisionError: oh"):
+        sheet = lcmlora.sweep_steps(pipe, "a", (1,), metrics={"mine": fails}, **SMALL)
+    assert len(sheet.images) == 1
+    sheet = lcmlora.sweep_steps(pipe, "a", (1, 2), metrics={"far": distance()}, **SMALL)
+    assert [row["far"] > 0 for row in sheet.rows] == [True, False]
+    batches = passes(pipe)
+    with pytest.raises(lcmlora.CallError, match="metrics: 'far' is 'distance'"):
+        lcmlora.sweep_steps(pipe, "a", metrics={"far": "distance"}, **SMALL)
+    assert batches == []

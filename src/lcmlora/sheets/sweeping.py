@@ -16,7 +16,7 @@ from .. import pictures
 from ..acceleration import accelerate as accelerate_verb
 from ..calls import plain
 from ..devices import PeakMemory, device_of, synchronize
-from ..errors import CallError, PipelineError
+from ..errors import CallError, PipelineError, brief
 from ..lora.sources import Given
 from ..parameters import refuse
 from ..progress import one_bar
@@ -108,11 +108,16 @@ def sweep(
         columns = (Place("without", base, apart=True), *columns)
     for name in more.keys() & (inspect.signature(accelerate_verb).parameters.keys() - {"pipe"}):
         refuse(name, f"{plain(type(pipe)).__name__}'s call", f"accelerate={{{name!r}: ...}}")
+    for name, metric in (metrics or {}).items():
+        if not callable(metric):
+            raise CallError(
+                f"metrics: {name!r} is {brief(metric)}; a function or one of lcmlora.sheets.metrics is expected."
+            )
     grid = Grid.of(pipe, prompts, columns, down, seed, accelerate or {}, {**(call or {}), **more})
     kept = Path(folder) if folder is not None else None
     sheet = grid.sheet(_drawn(grid, title or "sweep", kept), title)
-    if metrics:
-        sheet = measured(sheet, metrics)
+    if metrics and sheet.images:
+        sheet = _measured(sheet, metrics)
     if kept is not None and sheet.images:
         sheet.save(kept)
     return sheet
@@ -132,6 +137,15 @@ def _drawn(grid: Grid, what: str, folder: Path | None) -> dict[tuple[int, int], 
     except KeyboardInterrupt:
         warn(f"stopped after {len(made)} of {len(grid.cells)} pictures: the sheet has those.")
     return made
+
+
+def _measured(sheet: Sheet, metrics: Mapping[str, Metric]) -> Sheet:
+    """The sheet with its numbers. Pictures that took an hour are not lost to a metric that fails."""
+    try:
+        return measured(sheet, metrics)
+    except Exception as error:
+        warn(f"the sheet has no metrics, as one of them failed: {type(error).__name__}: {error}")
+        return sheet
 
 
 def _about(pipe: Any) -> dict[str, Any]:
