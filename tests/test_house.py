@@ -25,7 +25,7 @@ PACKAGE = Path(lcmlora.__file__).parent
 SIGNATURES = Path(__file__).with_name("signatures.txt")
 RANKS = (
     ("errors",),
-    ("warn", "compat"),
+    ("warn", "compat", "pages"),
     ("devices",),
     ("layers",),
     ("base", "lora"),
@@ -36,6 +36,7 @@ RANKS = (
     ("acceleration", "state"),
     ("pictures",),
     ("sheets", "baking", "pocket", "testing", "distillation"),
+    ("benchmarking",),
     ("cli", "demo"),
 )
 """Each module or folder may import from its own row and from those above."""
