@@ -37,6 +37,7 @@ RANKS = (
     ("acceleration", "state"),
     ("pictures",),
     ("sheets", "baking", "pocket", "testing", "distillation"),
+    ("benchmarking",),
     ("cli", "demo"),
 )
 """Each module or folder may import from its own row and from those above."""

@@ -26,6 +26,7 @@ MISTAKES = {
     "compare(pipe, 'x', styles={})": 'Unexpected keyword argument "styles" for "compare"',
     "sweep_steps(pipe, 'x', gidance_scale=1)": 'Unexpected keyword argument "gidance_scale" for "sweep_steps"',
     "sweep_guidance(pipe, 'x', hight=1)": 'Unexpected keyword argument "hight" for "sweep_guidance"',
+    "benchmark(pipe, stpes=(4, 25))": 'Unexpected keyword argument "stpes" for "benchmark"; did you mean "steps"?',
     "inspect_lora('x', weightname='y')": 'Unexpected keyword argument "weightname" for "inspect_lora"',
     "set_styles(pipe, styles={'ink': None})": "has incompatible type",
     "acelerate(pipe)": 'Module has no attribute "acelerate"',

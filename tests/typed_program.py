@@ -65,6 +65,16 @@ def sheets(pipe: Pipeline) -> lcmlora.Sheet:
     return steps + guidance
 
 
+def speed(pipe: Pipeline, folder: Path) -> float:
+    found: lcmlora.Benchmark = lcmlora.benchmark(
+        pipe, (4, None), batch_sizes=(1, 4), fused=(True, False), accelerate={"vae": "tiny"}, height=64, width=64
+    )
+    page: Path = found.to_html(folder / "benchmark.html")
+    found.to_csv(page.with_suffix(".csv"))
+    found.to_json(page.with_suffix(".json"))
+    return found.speedup / found.possible_speedup
+
+
 def own_lora(data: Path) -> Path:
     teacher = lcmlora.load_pocket("chalk")
     return lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))

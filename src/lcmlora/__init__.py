@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Base": "base",
     "BaseModelError": "errors",
+    "Benchmark": "benchmarking",
     "CallError": "errors",
     "DataError": "errors",
     "DistillConfig": "distillation",
@@ -33,6 +34,7 @@ _HOME = {
     "accelerated": "acceleration",
     "bake": "baking",
     "bases": "base",
+    "benchmark": "benchmarking",
     "compare": "sheets",
     "detect_base": "base",
     "distill": "distillation",
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
     from .base import Base as Base
     from .base import bases as bases
     from .base import detect_base as detect_base
+    from .benchmarking import Benchmark as Benchmark
+    from .benchmarking import benchmark as benchmark
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill
     from .errors import BaseModelError as BaseModelError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ FUSED = "_merged_adapters"
 """Where a pipeline notes which adapters `fuse_lora` merged."""
 PROMPT_ENCODERS = ("encode_prompt", "_encode_prompt")
 """A pipeline's methods that make embeddings of a prompt."""
-_COMPILED = "_compiled_call_impl"  # where torch.nn.Module.compile puts its result
+COMPILED = "_compiled_call_impl"
+"""Where `torch.nn.Module.compile` puts its result, which is called past the module's hooks."""
+_BARS = "_progress_bar_config"  # what set_progress_bar_config was called with last
 _MODULE_STATE = frozenset(nn.Module().__dict__)
 
 
@@ -73,12 +76,12 @@ def mark_as_adapted(module: nn.Module) -> None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` was called."""
-    return getattr(module, _COMPILED, None) is not None
+    return getattr(module, COMPILED, None) is not None
 
 
 def forget_compilation(module: nn.Module) -> None:
     """Undo `module.compile()`."""
-    module.__dict__.pop(_COMPILED, None)
+    module.__dict__.pop(COMPILED, None)
 
 
 def repeated_blocks(unet: nn.Module) -> set[str]:
@@ -113,6 +116,38 @@ def name_or_path(thing: Any) -> str:
 def execution_device(pipe: Any) -> Any:
     """Where a pipeline computes, off-loaded or not."""
     return getattr(pipe, "_execution_device", None) or getattr(pipe, "device", None)
+
+
+def shows_bars(pipe: Any) -> bool:
+    """Whether a pipeline's own progress bars are on."""
+    return not (progress_bar_config(pipe) or {}).get("disable")
+
+
+@contextmanager
+def without_bars(pipe: Any) -> Iterator[None]:
+    """A pipeline without progress bars of its own, for the length of a block."""
+    own = vars(pipe)
+    before = own.get(_BARS)
+    own[_BARS] = {**(before or {}), "disable": True}
+    try:
+        yield
+    finally:
+        own.pop(_BARS, None)
+        if before is not None:
+            own[_BARS] = before
+
+
+def is_offloaded(pipe: Any) -> bool:
+    """Whether accelerate's or diffusers' hooks bring weights of the pipe to the device when they are needed."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return any(_brings_weights(module.__dict__) for part in parts for module in part.modules())
+
+
+def _brings_weights(own: Mapping[str, Any]) -> bool:
+    hook, registry = own.get("_hf_hook"), own.get("_diffusers_hook")
+    if registry is not None and registry.get_hook("group_offloading") is not None:
+        return True
+    return hook is not None and bool(getattr(hook, "offload", True))  # AlignDevicesHook may only move inputs
 
 
 def adapter_state(wrapper: nn.Module) -> dict[str, Any]:
@@ -168,12 +203,4 @@ def version_of(tensor: torch.Tensor) -> int:
 
 def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
     """What `set_progress_bar_config` was told; None where it was never called."""
-    return getattr(pipe, "_progress_bar_config", None)
-
-
-def set_progress_bar_config(pipe: Any, config: dict[str, Any] | None) -> None:
-    """Have what `progress_bar_config` told again."""
-    if config is not None:
-        pipe._progress_bar_config = config
-    elif hasattr(pipe, "_progress_bar_config"):
-        del pipe._progress_bar_config
+    return getattr(pipe, _BARS, None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from torch import nn
 from . import __version__
 from .errors import DataError
 from .lora.sources import LoraFile
+from .pages import write
 from .state import status
 from .transition.records import module_record_of
 
@@ -127,19 +128,10 @@ def save(image: Image.Image, path: str | Path, record: Mapping[str, Any]) -> Pat
     Raises:
         DataError: it can't be written there.
     """
-    path = Path(path)
-    text = PngImagePlugin.PngInfo()
+    text, stream = PngImagePlugin.PngInfo(), io.BytesIO()
     text.add_itxt(CHUNK, json.dumps(described(record)))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(partial, format="PNG", pnginfo=text)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise DataError(f"{path} can't be written: {error.strerror or error}.") from error
-    return path
+    image.save(stream, format="PNG", pnginfo=text)
+    return write(path, stream.getvalue())
 
 
 def load(path: str | Path) -> tuple[Image.Image, dict[str, Any]]:
