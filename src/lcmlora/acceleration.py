@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -11,12 +12,13 @@ from typing import Any, TypeVar
 from . import vae as vaes
 from .compat import uncompiled
 from .compiling import Compile
-from .errors import PipelineError
+from .errors import LcmLoraWarning, PipelineError
 from .lora.originals import Keep
 from .lora.sources import Given, HubOptions, Source
 from .moving import move, require_originals
 from .parameters import block_of
 from .transition import transaction
+from .transition.plan import make_plan
 from .transition.records import (
     Content,
     ModuleRecord,
@@ -278,6 +280,14 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
     Raises:
         PipelineError: as for `set_styles`.
     """
+    with styles_kept(pipe):
+        set_styles(pipe, styles)
+        yield pipe
+
+
+@contextmanager
+def styles_kept(pipe: Any) -> Iterator[None]:
+    """Whatever styles the block sets, for one thread alone, an accelerated pipe has those it had afterwards."""
     record = pipe_record_of(pipe)
     if record is None or record.baked:
         raise PipelineError("styled changes an accelerated pipe for a while; lcmlora.accelerate(pipe) first.")
@@ -285,9 +295,8 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
         before = Snapshot.of(pipe)
         old = _target(before)
         back = {**dict.fromkeys(_late(before)), **old.styles}
-        set_styles(pipe, styles)
         try:
-            yield pipe
+            yield
         finally:
             mine = pipe_record_of(pipe)
             if mine is not None and mine.unet is record.unet:  # not restored in the block
@@ -297,6 +306,21 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
                     anew = {name for name, source in old.sources.items() if target.sources.get(name) != source}
                     target = dataclasses.replace(target, styles=back, sources={**target.sources, **old.sources})
                     move(now, target, mine.settings, anew)
+
+
+def check_styles(pipe: Any, styles: Styles) -> None:
+    """Refuse what `set_styles` would refuse. Nothing is changed, and nothing warned of.
+
+    Raises:
+        PipelineError, LoraFileError, LoraMismatchError: as for `set_styles`.
+    """
+    record = pipe_record_of(pipe)
+    if record is None or record.baked:
+        raise PipelineError("styles are an accelerated pipe's; lcmlora.accelerate(pipe) first.")
+    now = Snapshot.of(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LcmLoraWarning)
+        make_plan(now, with_styles(_target(now), styles, _known(now), {}), _given_sources(styles))
 
 
 @contextmanager

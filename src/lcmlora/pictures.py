@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import peft
 import torch
+import transformers
 from PIL import Image, PngImagePlugin
 
 from . import __version__
@@ -78,13 +79,14 @@ def provenance(pipe: Any) -> dict[str, Any]:
         "model": getattr(pipe, "name_or_path", None) or None,
         "status": described(now.to_dict()),
         "loras": {name: {"file": file.label, "sha256": sha256(file)} for name, file in files.items()},
-        "versions": {
-            "lcmlora": __version__,
-            "diffusers": diffusers.__version__,
-            "peft": peft.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what makes a picture."""
+    modules = {"diffusers": diffusers, "peft": peft, "torch": torch, "transformers": transformers}
+    return {"lcmlora": __version__, **{name: str(module.__version__) for name, module in modules.items()}}
 
 
 def sha256(file: LoraFile) -> str | None:
@@ -120,21 +122,41 @@ def save(image: Image.Image, path: str | Path, record: Mapping[str, Any]) -> Pat
     return path
 
 
+def record_of(path: str | Path) -> dict[str, Any]:
+    """What a picture's chunk says; the picture itself is not decoded.
+
+    Raises:
+        DataError: it is no picture, or none that lcmlora wrote.
+    """
+    with _opened(path) as picture:
+        return _said(path, picture)
+
+
 def load(path: str | Path) -> tuple[Image.Image, dict[str, Any]]:
     """A picture and what its chunk says.
 
     Raises:
         DataError: it is no picture, or none that lcmlora wrote.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            text = picture.info.get(CHUNK)
-            record = json.loads(text) if isinstance(text, str) else None
-            image = picture.copy()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} can't be read as a picture: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path} does not say what made it: only a PNG that lcmlora wrote does.")
+    with _opened(path) as picture:
+        picture.load()
+        record, image = _said(path, picture), picture.copy()
     image.info.pop(CHUNK, None)
     return image, record
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} can't be read as a picture: {error}") from error
+
+
+def _said(path: str | Path, picture: Image.Image) -> dict[str, Any]:
+    text = picture.info.get(CHUNK)
+    record = json.loads(text) if isinstance(text, str) else None
+    if not isinstance(record, dict):
+        raise DataError(f"{path} does not say what made it: only a PNG that lcmlora wrote does.")
+    return record

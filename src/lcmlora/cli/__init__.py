@@ -10,14 +10,14 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from . import __version__
+from .. import __version__
 
 
 class _Group(click.Group):
     """Shows a refusal of the library as one line, not as a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from .errors import LcmLoraError
+        from ..errors import LcmLoraError
 
         try:
             return super().invoke(ctx)
@@ -37,7 +37,7 @@ def main() -> None:
 @click.option("--out", "folder", type=click.Path(file_okay=False, path_type=Path), default="demo", show_default=True)
 def demo(folder: Path) -> None:
     """Make the embedded model four-step and write contact sheets to see it by. No network."""
-    from .demo import run
+    from ..demo import run
 
     click.echo("lcmlora demo: about a minute on two cores")
     made = run(folder, progress=lambda text: click.echo(f"  {text} ..."))
@@ -54,8 +54,8 @@ def demo(folder: Path) -> None:
 @main.command(name="bases")
 def bases_command() -> None:
     """List the bases and their LCM-LoRAs."""
-    from .base import bases
-    from .recipe import LCM
+    from ..base import bases
+    from ..recipe import LCM
 
     for base in bases():
         source = LCM.on(base).loras.get(base.name)
@@ -65,7 +65,7 @@ def bases_command() -> None:
 @main.command(name="recipes")
 def recipes_command() -> None:
     """List the recipes: how other few-step LoRAs are driven."""
-    from .recipe import recipes
+    from ..recipe import recipes
 
     for one in recipes():
         licence = one.licence or "no licence given"
@@ -78,7 +78,7 @@ def recipes_command() -> None:
 @click.option("--weight-name", help="the file's name in a repository or folder")
 def inspect(source: str, weight_name: str | None) -> None:
     """Tell what a LoRA file (or folder, or repository) holds, from its header."""
-    from .lora.files import inspect_lora
+    from ..lora.files import inspect_lora
 
     info = inspect_lora(source, weight_name)
     click.echo(info.describe())
@@ -92,7 +92,7 @@ def inspect(source: str, weight_name: str | None) -> None:
 
 def _settings(command: Any) -> Any:
     """An option for each field of `DistillConfig`, read from its annotations and docstring without importing torch."""
-    from .distillation.config import DistillConfig
+    from ..distillation.config import DistillConfig
 
     hints = get_type_hints(DistillConfig)
     for field in reversed(dataclasses.fields(DistillConfig)):
@@ -131,8 +131,8 @@ def distill(teacher: str, data: Path, output: Path, **settings: Any) -> None:
 
     Run it again with the same OUTPUT to resume. For several processes: accelerate launch -m lcmlora.cli distill ...
     """
-    from .distillation import DistillConfig
-    from .distillation import distill as run
+    from ..distillation import DistillConfig
+    from ..distillation import distill as run
 
     file = run(teacher, data, output, DistillConfig(**settings))
     click.echo(f"{file}: loads back, and accelerates its teacher with lcmlora.accelerate(pipe, lora={str(output)!r})")
