@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -27,6 +28,7 @@ from . import pocket
 from .baking import load_baked
 from .compat import set_name_or_path
 from .errors import PipelineError
+from .lora.sources import REPOSITORY
 from .transition.snapshot import read_baked
 
 KINDS: Mapping[str, Any] = {
@@ -75,7 +77,10 @@ def load(
     Raises:
         PipelineError: it is not there, can't be loaded, or there is no pipeline of that kind for it.
     """
-    device = torch.device(device or default_device())
+    try:
+        device = torch.device(device or default_device())
+    except RuntimeError as error:
+        raise PipelineError(f"device={device!r}: 'cuda', 'cuda:1', 'mps' or 'cpu' is expected.") from error
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     with _told(model):
         pipe = _loaded(model, dtype, config, options)
@@ -92,7 +97,8 @@ def _loaded(model: str, dtype: torch.dtype, config: str | None, options: Mapping
     if name == "pocket" and not os.path.exists(model):
         if variant not in ("", "base", "chalk"):
             raise PipelineError(f"model {model!r}: 'pocket' or 'pocket:chalk' is expected.")
-        return pocket.load_pocket("chalk" if variant == "chalk" else "base", dtype=dtype)
+        own = None if dtype is torch.float32 else dtype  # it is so already
+        return pocket.load_pocket("chalk" if variant == "chalk" else "base", dtype=own)
     path = Path(model).expanduser()
     if path.is_dir() and read_baked(path) is not None:
         return load_baked(path, dtype=dtype, **options)
@@ -100,6 +106,11 @@ def _loaded(model: str, dtype: torch.dtype, config: str | None, options: Mapping
         raise PipelineError(f"{path} is no pipeline's folder: there is no model_index.json in it.")
     if path.is_file() or path.suffix.lower() in _CHECKPOINTS:
         return _from_checkpoint(path, dtype, config, options)
+    if not path.is_dir() and not REPOSITORY.fullmatch(model):
+        raise PipelineError(
+            f"there is no model {model!r}: a pipeline's folder, a repository id like 'owner/name', a .safetensors or "
+            ".ckpt checkpoint, 'pocket' or 'pocket:chalk' is expected."
+        )
     return DiffusionPipeline.from_pretrained(str(path) if path.is_dir() else model, dtype=dtype, **options)
 
 
@@ -151,7 +162,21 @@ def as_class(pipe: Any, name: str) -> Any:
 
 
 @contextmanager
-def _told(model: str) -> Any:
+def bars_hidden() -> Iterator[None]:
+    """No bars of the libraries that load and download. For a program; a library leaves them to its user."""
+    loggers = [diffusers.utils.logging, transformers.utils.logging]  # the latter's is the hub client's switch too
+    shown = [logger for logger in loggers if logger.is_progress_bar_enabled()]
+    for logger in shown:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger in shown:
+            logger.enable_progress_bar()
+
+
+@contextmanager
+def _told(model: str) -> Iterator[None]:
     """One sentence for whatever the loaders raise."""
     try:
         yield
@@ -159,7 +184,4 @@ def _told(model: str) -> Any:
         raise
     except Exception as error:  # diffusers, transformers, safetensors and the hub's client raise many kinds
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise PipelineError(
-            f"model {model!r} can't be loaded: it has to be a pipeline's folder, a repository id that can be reached "
-            f"or is in the hub's cache, a .safetensors or .ckpt checkpoint, or 'pocket'. The loader says: {reason}"
-        ) from error
+        raise PipelineError(f"model {model!r} can't be loaded. The loader says: {reason}") from error

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,20 @@ def _sha256(path: Path, stamp: Any) -> str:
     """Computed once for a file as it was at its stamp."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def require_writable(folder: Path) -> None:
+    """See that files can be written to a folder, which is made.
+
+    Raises:
+        DataError: they can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder} can't be written to: {error.strerror or error}.") from error
 
 
 def save(image: Image.Image, path: str | Path, record: Mapping[str, Any]) -> Path:

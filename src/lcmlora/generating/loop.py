@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..parameters import Parameters
 from ..state import status
 from ..transition.target import Style
 from ..warn import warn
+from .processes import Processes
 from .reading import read
 from .records import MadeBy
 from .rows import Failed, Row, Rows, Styles
@@ -119,7 +119,7 @@ def generate(
         check_styles(pipe, styles)
     given, folder = read(rows)
     out = Path(out)
-    require_writable(out)
+    pictures.require_writable(out)
     run = _Run(pipe, out, overwrite, strict, resume)
     run.plan(given, Rows(pipe, out, folder, call or {}, styles, status(pipe)), batch_size)
     return run.draw(progress)
@@ -139,20 +139,6 @@ def _check_pipe(pipe: Any) -> None:
         raise PipelineError(f"{takes.owner}'s call takes no generator, so no seed tells its pictures.")
 
 
-def require_writable(folder: Path) -> None:
-    """See that files can be written to a folder, which is made.
-
-    Raises:
-        DataError: they can't.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DataError(f"{folder} can't be written to: {error.strerror or error}.") from error
-
-
 @dataclasses.dataclass(frozen=True)
 class _Picture:
     """A row with its settings and what tells them."""
@@ -169,7 +155,7 @@ class _Run:
     def __init__(self, pipe: Any, out: Path, overwrite: bool, strict: bool, resume: bool) -> None:
         self._pipe, self._out, self._overwrite, self._strict, self._resume = pipe, out, overwrite, strict, resume
         self._made_by = MadeBy(pipe)
-        self._processes = _Processes(device_of(pipe).type == "cpu")
+        self._processes = Processes(device_of(pipe).type == "cpu")
         self._order: list[_Picture] = []
         self._batches: list[list[_Picture]] = []
         self._failed: list[Failed] = []
@@ -355,51 +341,9 @@ def _bar(pipe: Any, progress: bool, total: int, already: int) -> Iterator[Any]:
     own = progress_settings(pipe)
     pipe.set_progress_bar_config(**{**own, "disable": True})
     try:
-        with tqdm(total=total, initial=already, unit="picture", disable=own.get("disable") or not progress) as bar:
+        with tqdm(
+            total=total, initial=already, unit="picture", disable=own.get("disable") or not (progress and total)
+        ) as bar:
             yield bar
     finally:
         pipe.set_progress_bar_config(**own)
-
-
-class _Processes:
-    """The processes that share the rows: one, unless a launcher has started more.
-
-    Args:
-        cpu: whether they compute on the processor.
-
-    Raises:
-        LcmLoraError: Accelerate is not installed.
-    """
-
-    def __init__(self, cpu: bool) -> None:
-        self._state = None
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            try:
-                from accelerate import PartialState
-            except ImportError as error:
-                raise LcmLoraError("several processes need Hugging Face Accelerate: pip install accelerate") from error
-            self._state = PartialState(cpu=cpu)
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the one that tells of what concerns all."""
-        return self._state is None or bool(self._state.is_main_process)
-
-    def share(self, batches: list[list[_Picture]]) -> list[list[_Picture]]:
-        """This process' part: neighbours, so that few styles are merged in more than one process."""
-        if self._state is None:
-            return batches
-        with self._state.split_between_processes(batches) as mine:
-            return list(mine)
-
-    def together(
-        self, done: set[str], failed: list[Failed], already: int, interrupted: bool
-    ) -> tuple[set[str], list[Failed], int]:
-        """What all have done. One that was interrupted does not wait for the others."""
-        if self._state is None or interrupted:
-            return done, failed, already
-        from accelerate.utils import gather_object
-
-        parts = gather_object([(done, failed, already)])
-        everyone = {one for _, several, _ in parts for one in several}
-        return {name for names, _, _ in parts for name in names}, list(everyone), sum(n for _, _, n in parts)

@@ -132,7 +132,9 @@ def _load(record: Mapping[str, Any]) -> Any:
     pipe = loading.load(
         record["model"], dtype=getattr(torch, record["dtype"]), device=record["device"] if has else None
     )
-    return loading.as_class(pipe, record["pipeline"])
+    pipe = loading.as_class(pipe, record["pipeline"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _warn_of_differences(record: Mapping[str, Any]) -> None:
