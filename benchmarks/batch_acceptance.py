@@ -1,4 +1,4 @@
-"""Does `generate` keep its word? 200 rows of the embedded model by one process and by two, and with kill -9 in between.
+"""Does `generate` keep its word? 200 rows of the embedded model by one process, by two, and with kill -9 in between.
 
 python benchmarks/batch_acceptance.py [--rows 200] [--kills 3] [--json FILE]
 

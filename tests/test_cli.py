@@ -185,6 +185,9 @@ USAGE = {
     "axis": "sweep x -m pocket --x steps",
     "steps": "benchmark -m pocket --steps 4",
     "unknown": "generate x --stpes 4",
+    "again and steps": "generate --again {at}/teal.png --steps 4",
+    "again and a type": "generate --again {at}/teal.png --dtype float16",
+    "again and a style": "generate --again {at}/teal.png --style ink=x",
 }
 
 

@@ -50,7 +50,8 @@ def generate(
     """
     if sum(map(bool, (prompts, rows, again))) != 1:
         raise click.UsageError("Give prompts, or --rows FILE, or --again PICTURE.")
-    arguments = speed.arguments()
+    _check_said(again, model)
+    speed.arguments()
     if not again:
         model.require()
     from ..pictures import require_writable
@@ -62,7 +63,7 @@ def generate(
     given, kind = _rows(prompts, rows, seeds, call)
     pipe = speed.apply(model.load(say, kind), model.local_files_only)
     asked = {**call.row(), **({"seed": seeds} if seeds and rows else {})}
-    made = _generate(pipe, given, out, asked, arguments.get("styles"), how, say)
+    made = _generate(pipe, given, out, asked, how, say)
     if not _first():
         return
     say.tell(f"{made!r}".removeprefix("Generated(").removesuffix(")"))
@@ -70,10 +71,25 @@ def generate(
     leave(INTERRUPTED if made.interrupted else 1 if made.failed else 0)
 
 
-def _generate(pipe: Any, rows: Any, out: Path, call: Any, styles: Any, how: Any, say: Say) -> Any:
+def _generate(pipe: Any, rows: Any, out: Path, call: Any, how: Any, say: Say) -> Any:
     from ..generating import generate
 
-    return generate(pipe, rows, out, call=call, styles=styles, progress=not say.quiet, **how)
+    return generate(pipe, rows, out, call=call, progress=not say.quiet, **how)
+
+
+_WITH_AGAIN = {"again", "out", "overwrite", "as_json", "quiet", *Model.__annotations__}
+
+
+def _check_said(again: tuple[Path, ...], model: Model) -> None:
+    """Refuse options that would do nothing: a picture made again takes everything from what it says."""
+    if not again:
+        return
+    context = click.get_current_context()
+    said = {p for p in context.params if context.get_parameter_source(p) is not click.core.ParameterSource.DEFAULT}
+    useless = said - (_WITH_AGAIN if model.model else _WITH_AGAIN - Model.__annotations__.keys())
+    for option in (parameter.opts[0] for parameter in context.command.params if parameter.name in useless):
+        other = "only beside --model" if option.strip("-").replace("-", "_") in Model.__annotations__ else "not"
+        raise click.UsageError(f"--again takes everything from the picture: {option} can {other} be given with it.")
 
 
 def _first() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import click
 
@@ -13,21 +13,38 @@ from .options import FOLDER, THERE
 
 
 def _settings(holder: Any) -> Any:
-    """An option for each field of `DistillConfig`, and its preset where it has some; torch is not needed for them."""
-    from ..distillation.config import DistillConfig
+    """An option for each field of `DistillConfig`, and for its presets where it has some; torch is not needed."""
+    from ..distillation import config as settings
 
-    hints = get_type_hints(DistillConfig)
-    for field in reversed(dataclasses.fields(DistillConfig)):
+    hints = get_type_hints(settings.DistillConfig)
+    for field in reversed(dataclasses.fields(settings.DistillConfig)):
         kind = hints[field.name]
         choices = [a for a in get_args(kind) if isinstance(a, str)]
         plain = next((a for a in get_args(kind) if a in (int, float)), kind)
-        name, said = "--" + field.name.replace("_", "-"), {"default": field.default, "show_default": True}
-        said["help"] = field.metadata.get("help")
+        name = "--" + field.name.replace("_", "-")
+        said = {"default": field.default, "show_default": True, "help": field.metadata.get("help")}
         if kind is bool:
             holder = click.option(f"{name}/--no-{name[2:]}", **said)(holder)
         else:
             holder = click.option(name, type=click.Choice(choices) if choices else plain, **said)(holder)
+    if presets := getattr(settings, "PRESETS", None):
+        choice = click.Choice(sorted(presets))
+        holder = click.option("--preset", type=choice, help="Settings by name; the other options change them.")(holder)
     return holder
+
+
+def _config(given: dict[str, Any]) -> Any:
+    """The settings; what was not said is the preset's own, where one is named."""
+    from ..distillation.config import DistillConfig
+
+    preset = given.pop("preset", None)
+    if preset is None:
+        return DistillConfig(**given)
+    source, maker = click.get_current_context().get_parameter_source, cast(Any, DistillConfig)
+    return maker.preset(preset, **{name: v for name, v in given.items() if source(name) is not _DEFAULT})
+
+
+_DEFAULT = click.core.ParameterSource.DEFAULT
 
 
 class _Late(click.Command):
@@ -57,11 +74,10 @@ def distill(
     \b
     lcmlora distill my-model pictures my-lora --rank 64 --steps 1000
     """
-    from ..distillation import DistillConfig
+    config = _config(settings)
     from ..distillation import distill as run
     from ..pictures import require_writable
 
-    config = DistillConfig(**settings)
     require_writable(output)
     more: dict[str, Any] = {}
     if validation_prompts is not None:

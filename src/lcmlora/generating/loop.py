@@ -236,6 +236,7 @@ class _Run:
         if styles is not None and batches:
             try:
                 set_styles(self._pipe, styles)
+                self._made_by.look()
             except (LcmLoraError, OSError) as error:
                 for batch in batches:
                     self._fail(batch, error, bar)

@@ -41,7 +41,14 @@ class MadeBy:
             "accelerated": _accelerated(self._record) if self._record else None,
         }
         how = {name: value for name, value in (self._facts["accelerated"] or {}).items() if name not in _NOT_SEEN}
+        self.look()
         self._key_facts = {**self._facts, "accelerated": how, "lora": lora.get("sha256") or found["status"]["lora"]}
+
+    def look(self) -> None:
+        """See the pipe as it is now, which later records tell of: its styles may have changed."""
+        now, device = pictures.provenance(self._pipe), device_of(self._pipe)
+        loras = _with_sources(now["loras"], self._record)
+        self._now = {**now, **self._facts, "loras": loras, "device": device.type, "hardware": hardware(device)}
 
     def key(self, row: Row, settings: Mapping[str, Any]) -> str:
         """What tells this row's picture from others: all that determines it, versions and places left out."""
@@ -64,8 +71,7 @@ class MadeBy:
         return settings
 
     def record(self, row: Row, settings: Mapping[str, Any], batch: int, key: str) -> dict[str, Any]:
-        """What stands in the picture. The pipe has the row's styles now."""
-        now = pictures.provenance(self._pipe)
+        """What stands in the picture. The pipe has the row's styles, and was looked at with them."""
         policy = self._record.settings.policy if self._record else None
         shown = {name: value for name, value in settings.items() if name != "prompt"}
         return {
@@ -79,11 +85,7 @@ class MadeBy:
             "fit": row.fit,
             "in_memory": sorted(name for name, value in settings.items() if not _plain(value)),
             "batch": batch,
-            **now,
-            **self._facts,
-            "loras": _with_sources(now["loras"], self._record),
-            "device": device_of(self._pipe).type,
-            "hardware": hardware(device_of(self._pipe)),
+            **self._now,
         }
 
 
@@ -128,7 +130,7 @@ def _accelerated(record: PipeRecord) -> dict[str, Any]:
         "weight": applied.weight,
         "fuse": applied.target.fuse,
         "compile": applied.target.compile,
-        "vae": vae if vae is None else os.fspath(vae),
+        "vae": vae if vae is None else os.path.abspath(vae) if os.path.exists(vae) else os.fspath(vae),
         "steps": settings.policy.steps,
         "guidance": settings.policy.guidance,
         "enforce_inference_steps": settings.policy.enforce_inference_steps,
