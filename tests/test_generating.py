@@ -170,6 +170,14 @@ def test_pictures_of_rows_are_turned_fitted_and_told_by_their_content(plain, mod
         generate(lcmlora.accelerate(pipe, lora=model / "lcm.safetensors"), tmp_path / "rows.jsonl", tmp_path / "out")
 
 
+def test_what_json_has_no_tuples_for(tmp_path):
+    pipe = tiny_pipeline("sdxl")
+    row = {"prompt": "x", "steps": 1, "original_size": [64, 32], "crops_coords_top_left": [8, 0]}
+    (made,) = generate(pipe, [row], tmp_path).files
+    call = {"num_inference_steps": 1, "original_size": (64, 32), "crops_coords_top_left": (8, 0)}
+    assert again(made, pipe).tobytes() == pictures.load(made)[0].tobytes() == alone(pipe, "x", **call)
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 

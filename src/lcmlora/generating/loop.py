@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import pictures
 from ..acceleration import check_styles, set_styles, styles_kept
+from ..calls import plain
 from ..compat import progress_settings
 from ..devices import device_of
 from ..errors import DataError, LcmLoraError, PipelineError, brief
@@ -129,7 +130,7 @@ def _check_pipe(pipe: Any) -> None:
     """Refuse what does not draw single pictures from a generator."""
     if not callable(pipe):
         raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws.")
-    takes = Parameters.of(type(pipe), "__call__")
+    takes = Parameters.of(plain(type(pipe)), "__call__")
     if "num_frames" in takes.defaults or hasattr(pipe, "motion_adapter"):
         raise PipelineError(
             f"{takes.owner} draws films, and generate writes single pictures: call the pipe itself, and "

@@ -37,6 +37,7 @@ _SET_BY_US = {
     "return_dict": "leave it out",
 }
 _FILTER = Image.Resampling.LANCZOS
+_PAIRS = re.compile(r"_size$|_coords_")  # SDXL's
 _LONGEST_NAME = 200  # bytes; most file systems allow 255, and a name in the making is longer
 Styles = Mapping[str, Any] | None
 
@@ -78,8 +79,9 @@ class Row:
     styles: Styles = None
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the call, pictures loaded."""
-        return {**self.call, **{name: picture(path, self.fit) for name, path in self.files.items()}}
+        """The arguments of the call, pictures loaded, and tuples where JSON has lists only."""
+        pairs = {n: tuple(v) for n, v in self.call.items() if isinstance(v, list) and _PAIRS.search(n)}
+        return {**self.call, **pairs, **{name: picture(path, self.fit) for name, path in self.files.items()}}
 
 
 def picture(path: Path, fit: tuple[int, int] | None = None) -> Image.Image:
