@@ -144,6 +144,24 @@ def test_ctrl_c_has_its_exit_code_and_keeps_what_is_done(shell, monkeypatch):
     assert (shown.exit_code, shown.stdout) == (130, "")
 
 
+# -- sweep, compare -----------------------------------------------------------------------------------------------
+
+
+def test_sheets_over_axes_and_of_both_ways(shell):
+    ink = "--style ink={at}/ink.safetensors"
+    shown = shell(f"sweep a fox {FAST} {ink} --x steps=1-2 --y styles.ink=0.2,1 --size 16x24 --json -q")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert found["files"] == ["sheets/sheet.png"]
+    assert [row["num_inference_steps"] for row in found["rows"]] == [1, 2] * 4
+    assert {row["styles"]["ink"] for row in found["rows"]} == {0.2, 1.0}
+    assert shown.stderr == ""
+    line = f"compare x {FAST} --base-steps 1,2 --lcm-steps 1-3 --out both --json"
+    assert [row["accelerated"] for row in json.loads(shell(line).stdout)["rows"]] == [False] * 2 + [True] * 3
+    refused = shell(f"sweep x {FAST} --x stpes=1,2")
+    assert (refused.exit_code, "takes no argument 'stpes'" in refused.stderr) == (2, True)
+
+
 # -- bake, demo, distill ----------------------------------------------------------------------------------------------
 
 

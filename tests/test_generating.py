@@ -16,10 +16,12 @@ import pytest
 import torch
 from diffusers import (
     AnimateDiffPipeline,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 import lcmlora
@@ -130,6 +132,21 @@ def test_a_plain_pipe_is_drawn_with_as_it_is(plain, tmp_path):
         generate(plain, ["a fox"], tmp_path, styles={})
     with pytest.warns(LcmLoraWarning, match="accelerate"):
         generate(plain, [{"prompt": "a fox", "styles": {"ink": 1}}], tmp_path)
+
+
+def test_a_pipeline_without_a_unet_is_drawn_with_too(tmp_path):
+    class Plain(DiffusionPipeline):
+        def __init__(self):
+            super().__init__()
+
+        def __call__(self, prompt, num_inference_steps=3, generator=None):
+            pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+            return ImagePipelineOutput([Image.fromarray(pixels)])
+
+    made = generate(Plain(), ["x", "y"], tmp_path, call={"steps": 1})
+    assert len(made.files) == 2
+    assert generate(Plain(), ["x", "y"], tmp_path, call={"steps": 1}).already == 2
+    assert again(made.files[0], Plain()).tobytes() == pictures.load(made.files[0])[0].tobytes()
 
 
 def test_batches_are_of_equal_settings_and_stay_the_same_when_resumed(pipe, tmp_path):
@@ -365,12 +382,13 @@ def test_a_disk_that_is_full_ends_the_run_in_a_sentence(pipe, tmp_path, monkeypa
 
 
 def test_one_bar_and_the_pipe_s_own_setting(pipe, tmp_path, capsys):
-    pipe.set_progress_bar_config(desc="mine", disable=False)
+    pipe.set_progress_bar_config(disable=False)
     generate(pipe, PROMPTS, tmp_path / "a")
-    assert "mine" not in (shown := capsys.readouterr().err)
-    assert "4/4" in shown
+    shown = capsys.readouterr().err
+    assert "pictures: 100%" in shown
+    assert shown.count("\r") < 8, "a bar each would have more lines"
     pipe("a fox")
-    assert "mine" in capsys.readouterr().err
+    assert "4/4" in capsys.readouterr().err
     generate(pipe, PROMPTS, tmp_path / "b", progress=False)
     pipe.set_progress_bar_config(disable=True)
     generate(pipe, PROMPTS, tmp_path / "c")
@@ -425,6 +443,16 @@ def test_again_says_what_is_missing(pipe, plain, tmp_path, model):
     (made,) = generate(nowhere, ["x"], tmp_path / "adapter", call={"steps": 1}).files
     with pytest.raises(DataError, match="came from no file that is known: ink"):
         again(made, nowhere)
+
+
+def test_another_model_under_the_same_name_is_told(pipe, tmp_path):
+    (made,) = generate(pipe, ["x"], tmp_path).files
+    pipe.unet.conv_norm_out.bias.data += 1
+    with pytest.warns(LcmLoraWarning, match="made with other settings"):
+        generate(pipe, ["x"], tmp_path)
+    lcmlora.restore(pipe)
+    with pytest.raises(PipelineError, match="of other weights"):
+        again(made, pipe)
 
 
 def test_again_tells_of_other_versions_and_batches(pipe, tmp_path, monkeypatch):

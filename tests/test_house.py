@@ -26,7 +26,7 @@ SIGNATURES = Path(__file__).with_name("signatures.txt")
 RANKS = (
     ("errors",),
     ("warn", "compat"),
-    ("devices",),
+    ("devices", "progress"),
     ("layers",),
     ("base", "lora"),
     ("recipe",),

@@ -73,3 +73,12 @@ def test_the_processors_peak_memory_follows_what_was_allocated():
 
 def test_the_hardware_line_names_device_and_threads():
     assert f"{torch.get_num_threads()} threads" in hardware(device_of(tiny_pipeline()))
+
+
+def test_provenance_tells_another_fine_tune_and_not_another_memory_format():
+    pipe = tiny_pipeline()
+    before = pictures.provenance(pipe)["weights"]
+    pipe.unet.to(memory_format=torch.channels_last)
+    assert pictures.provenance(pipe)["weights"] == before
+    pipe.unet.conv_in.weight.data.add_(1e-3)
+    assert pictures.provenance(pipe)["weights"] != before

@@ -6,12 +6,18 @@ import json
 import warnings
 
 import pytest
-from diffusers import StableDiffusionImg2ImgPipeline
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from diffusers.pipelines.animatediff.pipeline_output import AnimateDiffPipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 import lcmlora
-from conftest import sd_pipe, sdxl_pipe, snapshot
+from conftest import assert_same, sd_pipe, sdxl_pipe, snapshot
 from lcmlora import sheets
+from lcmlora.sheets import states
+from lcmlora.sheets.sweeping import picture_of
+from lcmlora.testing import tiny_lora
 
 SMALL = {"height": 16, "width": 16}
 
@@ -34,7 +40,7 @@ def test_steps_of_an_accelerated_pipe_go_from_one_to_eight(pipe):
     assert batches == [1] * 2 * sum(range(1, 9))
     assert sheet.columns == ("1 step", *(f"{n} steps" for n in range(2, 9)))
     assert [row["prompt"] for row in sheet.rows] == ["a fox"] * 8 + ["a cat"] * 8
-    assert sheet.rows[3]["status"]["accelerated"] is True
+    assert sheet.rows[3]["accelerated"] is True
 
 
 def test_a_picture_hangs_on_nothing_but_its_own_cell(pipe):
@@ -55,13 +61,15 @@ def test_guidance_doubles_the_passes_above_one(pipe):
 def test_compare_gives_the_pipe_back(lcm_file):
     pipe = sd_pipe()
     scheduler, batches = pipe.scheduler, passes(pipe)
-    sheet = lcmlora.compare(pipe, "a fox", base_steps=(2, 3), accelerate={"lora": lcm_file(pipe)}, **SMALL)
+    given = {"lora": lcm_file(pipe)}
+    sheet = lcmlora.compare(pipe, "a fox", base_steps=(2, 3), lcm_steps=(4,), accelerate=given, **SMALL)
     assert batches == [2] * 5 + [1] * 4
     assert sheet.columns == ("base, 2 steps", "base, 3 steps", "LCM, 4 steps")
     assert pipe.scheduler is scheduler
     lcmlora.accelerate(pipe, lora=lcm_file(pipe))
-    with pytest.raises(lcmlora.PipelineError, match="restore"):
-        lcmlora.compare(pipe, "a fox")
+    again = lcmlora.compare(pipe, "a fox", base_steps=(2, 3), lcm_steps=(4,), **SMALL)
+    assert cells(again) == cells(sheet)
+    assert lcmlora.is_accelerated(pipe)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +142,9 @@ def test_the_sheet_shows_each_picture_in_its_place(pipe):
     """Two rows of two coloured squares, and text around them."""
     colours = ["red", "green", "blue", "yellow"]
     images = tuple(Image.new("RGB", (16, 16), colour) for colour in colours)
-    sheet = lcmlora.Sheet(images, ({},) * 4, ("one", "two"), ("a", "b"), "title")
+    cells = [sheets.Cell(image, {}) for image in images]
+    lines = (sheets.Line("a"), sheets.Line("b"))
+    sheet = lcmlora.Sheet((tuple(cells[:2]), tuple(cells[2:])), ("one", "two"), lines, "title")
     found = [
         colour
         for _, colour in sheet.image.getcolors(1 << 20)
@@ -160,3 +170,294 @@ def test_sheets_of_the_same_prompts_stand_side_by_side(pipe):
     assert both.images == (one.images[0], two.images[0], one.images[1], two.images[1])
     with pytest.raises(ValueError, match="other prompts"):
         one + lcmlora.sweep_steps(pipe, "c", (1,), **SMALL)
+
+
+# -- any axis by any axis ---------------------------------------------------------------------------------------------
+
+
+def single(pipe, prompt="a fox", seed=1337, **call):
+    """The same picture as one call."""
+    return pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **SMALL, **call).images[0].tobytes()
+
+
+def cells(sheet) -> list[list[bytes]]:
+    return [[cell.image.tobytes() for cell in line] for line in sheet.cells]
+
+
+def test_two_axes_cross_for_each_prompt_and_each_cell_equals_its_single_call(pipe):
+    sheet = lcmlora.sweep(pipe, ["a", "b"], x={"steps": (1, 3)}, y={"guidance": (1, 1.5)}, **SMALL)
+    assert sheet.columns == ("1 step", "3 steps")
+    assert sheet.lines == (("a", "guidance 1"), ("a", "guidance 1.5"), ("b", "guidance 1"), ("b", "guidance 1.5"))
+    assert [(row["num_inference_steps"], row["guidance_scale"]) for row in sheet.rows[:4]] == [
+        (1, 1), (3, 1), (1, 1.5), (3, 1.5)
+    ]  # fmt: skip
+    assert cells(sheet) == [
+        [single(pipe, prompt, num_inference_steps=n, guidance_scale=g) for n in (1, 3)]
+        for prompt in "ab"
+        for g in (1, 1.5)
+    ]
+
+
+def test_any_argument_of_the_call_and_the_seed_are_axes(pipe):
+    sheet = lcmlora.sweep(
+        pipe, "a fox", x={"seed": range(3)}, y={"negative_prompt": ("x", "y")}, guidance_scale=2, **SMALL
+    )
+    assert sheet.columns == ("seed 0", "seed 1", "seed 2")
+    assert [line.label for line in sheet.lines] == ["negative_prompt x", "negative_prompt y"]
+    assert len({image for line in cells(sheet) for image in line}) == 6
+    assert cells(sheet)[1][2] == single(pipe, seed=2, negative_prompt="y", guidance_scale=2)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_weights_are_axes_and_a_merge_is_made_once_for_all_cells_of_it(fast, lcm_file, tmp_path, monkeypatch):
+    pipe, calls = sd_pipe(), []
+    lcm, ink = lcm_file(pipe), tiny_lora(pipe, tmp_path / "ink.safetensors", seed=5)
+    before = snapshot(pipe)
+    given = {"lora": lcm, "styles": {"ink": ink}}
+    if fast:
+        lcmlora.accelerate(pipe, **given)
+    active = lcmlora.status(pipe)
+    monkeypatch.setattr(
+        states, "accelerate", lambda *args, **more: calls.append(more) or lcmlora.accelerate(*args, **more)
+    )
+    monkeypatch.setattr(
+        states, "accelerated", lambda *args, **more: calls.append(more) or lcmlora.accelerated(*args, **more)
+    )
+    sheet = lcmlora.sweep_weights(
+        pipe, ["a", "b"], (0.5, 1.0), {"ink": (0, 0.7)}, accelerate=None if fast else given, **SMALL
+    )
+    assert len(calls) == 4  # and eight pictures
+    assert [line.label for line in sheet.lines] == ["ink 0", "ink 0.7"] * 2
+    assert [(row["weight"], row["styles"].get("ink", 0)) for row in sheet.rows[:4]] == [
+        (0.5, 0), (1, 0), (0.5, 0.7), (1, 0.7)
+    ]  # fmt: skip
+    assert lcmlora.status(pipe) == active
+    if fast:
+        lcmlora.restore(pipe)
+    assert_same(snapshot(pipe), before)
+    lcmlora.accelerate(pipe, lora=lcm, weight=0.5, styles={"ink": lcmlora.Style(ink, 0.7)})
+    assert cells(sheet)[1][0] == single(pipe, "a")
+
+
+def test_a_styles_weight_alone_is_enough_where_there_is_one_style(pipe, tmp_path):
+    lcmlora.set_styles(pipe, {"ink": tiny_lora(pipe, tmp_path / "ink.safetensors")})
+    sheet = lcmlora.sweep_weights(pipe, "a", (1,), (0, 1), **SMALL)
+    assert [line.label for line in sheet.lines] == ["ink 0", "ink 1"]
+    lcmlora.set_styles(pipe, {})
+    with pytest.raises(lcmlora.CallError, match=r"style: which one is meant\?"):
+        lcmlora.sweep_weights(pipe, "a", (1,), (0, 1), **SMALL)
+
+
+def test_recipes_are_an_axis(lcm_file):
+    pipe = sd_pipe()
+    given = {"lora": lcm_file(pipe, "mine.safetensors")}
+    sheet = lcmlora.sweep(pipe, "a fox", x={"recipe": ("lcm", "tcd")}, y={"steps": (1, 2)}, accelerate=given, **SMALL)
+    assert [row["scheduler"] for row in sheet.rows] == ["LCMScheduler", "TCDScheduler"] * 2
+    assert [row["recipe"] for row in sheet.rows] == ["lcm", "tcd"] * 2
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_scheduler_of_the_plain_pipe_is_an_axis(fast, lcm_file):
+    pipe = sd_pipe()
+    found = pipe.scheduler
+    if fast:
+        lcmlora.accelerate(pipe, lora=lcm_file(pipe))
+    kinds = ("EulerDiscrete", "DPMSolverMultistepScheduler", DDIMScheduler)
+    sheet = lcmlora.sweep(pipe, "a fox", x={"scheduler": kinds}, num_inference_steps=2, **SMALL)
+    assert sheet.columns == ("EulerDiscrete", "DPMSolverMultistep", "DDIM")
+    assert [row["scheduler"] for row in sheet.rows] == [
+        "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"
+    ]  # fmt: skip
+    assert lcmlora.is_accelerated(pipe) == fast
+    if fast:
+        lcmlora.restore(pipe)
+    assert pipe.scheduler is found
+    pipe.scheduler = EulerDiscreteScheduler.from_config(found.config)
+    assert cells(sheet)[0][0] == single(pipe, num_inference_steps=2)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_without_is_the_pipe_as_it_was_at_its_own_steps(fuse, lcm_file, tmp_path):
+    plain, pipe = sd_pipe(), sd_pipe()
+    lcm, ink = lcm_file(pipe), tiny_lora(pipe, tmp_path / "ink.safetensors")
+    lcmlora.accelerate(pipe, lora=lcm, styles={"ink": ink}, fuse=fuse, steps=2)
+    active, expected = lcmlora.status(pipe), single(pipe)
+    sheet = lcmlora.sweep(pipe, "a fox", x={"weight": (0.5, 1)}, without={"steps": 3}, **SMALL)
+    assert sheet.columns == ("without", "weight 0.5", "weight 1")
+    assert sheet.rows[0]["accelerated"] is False
+    assert cells(sheet)[0][0] == single(plain, num_inference_steps=3)
+    assert lcmlora.status(pipe) == active
+    assert single(pipe) == expected
+
+
+def test_without_keeps_out_of_the_other_axis_of_steps(pipe):
+    sheet = lcmlora.sweep(pipe, "a", x={"weight": (1,)}, y={"steps": (1, 2)}, without=True, **SMALL)
+    assert [row["num_inference_steps"] for row in sheet.rows] == [50, 1, 50, 2]
+
+
+def test_labels_with_settings_of_their_own_are_an_axis(lcm_file):
+    pipe = sd_pipe()
+    x = {"base": {"accelerated": False, "steps": 3}, "fast": {"steps": 2, "lora": lcm_file(pipe)}}
+    sheet = lcmlora.sweep(pipe, "a", x, **SMALL)
+    assert [row["accelerated"] for row in sheet.rows] == [False, True]
+    assert not lcmlora.is_accelerated(pipe)
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "words"),
+    [
+        ({"x": {"steps": (1,), "seed": (1,)}}, lcmlora.CallError, "one name with one or more values"),
+        ({"x": {"steps": ()}}, lcmlora.CallError, "one or more values"),
+        ({"x": {"recipe": "lcm"}}, lcmlora.CallError, "one or more values"),
+        ({"x": (1, 2)}, lcmlora.CallError, "one name and its values"),
+        ({"x": {"steps": (1,)}, "y": {"stpes": (1,)}}, TypeError, "takes no argument 'stpes'"),
+        ({"x": {"recipe": ("lcm", "lmc")}}, lcmlora.BaseModelError, "'lmc' is not known"),
+        ({"x": {"weight": (1, "much")}}, lcmlora.LcmLoraError, "much"),
+        ({"x": {"styles.ink": (0, 1)}}, lcmlora.LcmLoraError, "ink"),
+        ({"x": {"lora": ("nowhere.safetensors",)}}, lcmlora.LoraFileError, "nowhere"),
+        ({"x": {"scheduler": ("Oiler",)}}, lcmlora.CallError, "'Oiler': a scheduler of diffusers"),
+        ({"x": {"a": {"scheduler": "DDIM", "accelerated": True}}}, lcmlora.CallError, "an accelerated one has"),
+        ({"x": {"a": {"weight": 1, "accelerated": False}}}, lcmlora.CallError, "weight: the pipe as it was"),
+        ({"x": {"num_images_per_prompt": (1, 2)}}, lcmlora.CallError, "several seeds"),
+        ({"x": {"steps": (1,)}, "accelerate": {"wieght": 1}}, TypeError, "'wieght'. Is weight meant"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_the_first_picture(axes, error, words, pipe):
+    active, batches = lcmlora.status(pipe), passes(pipe)
+    with pytest.raises(error, match=words):
+        lcmlora.sweep(pipe, "a fox", **axes)
+    assert batches == []
+    assert lcmlora.status(pipe) == active
+
+
+def test_without_needs_originals(lcm_file):
+    pipe = sd_pipe()
+    lcmlora.accelerate(pipe, lora=lcm_file(pipe), keep=None)
+    batches = passes(pipe)
+    with pytest.raises(lcmlora.PipelineError, match="keep=None"):
+        lcmlora.compare(pipe, "a fox", base_steps=(2,), lcm_steps=(1,))
+    assert batches == []
+
+
+@pytest.mark.parametrize("prompts", [[], (), None, [1]])
+def test_prompts_are_texts(prompts, pipe):
+    with pytest.raises(lcmlora.CallError, match="prompts="):
+        lcmlora.sweep_steps(pipe, prompts, (1,))
+
+
+# -- stopping, going on, one bar --------------------------------------------------------------------------------------
+
+
+def stop_at(pipe, count):
+    """Ctrl-C in the UNet pass of that number; returns the hook and the passes."""
+    seen = []
+
+    def hook(module, args):
+        seen.append(args[0].shape[0])
+        if len(seen) == count:
+            raise KeyboardInterrupt
+
+    return pipe.unet.register_forward_pre_hook(hook), seen
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_after_ctrl_c_there_is_what_was_drawn_and_the_pipe_is_back(fast, lcm_file):
+    pipe = sd_pipe()
+    lcm = lcm_file(pipe)
+    if fast:
+        lcmlora.accelerate(pipe, lora=lcm)
+    active = lcmlora.status(pipe)
+    hook, _ = stop_at(pipe, 4)
+    with pytest.warns(lcmlora.LcmLoraWarning, match="stopped after 3 of 4 pictures"):
+        sheet = lcmlora.sweep(
+            pipe, ["a", "b"], x={"weight": (0.5, 1)}, accelerate={"lora": lcm}, num_inference_steps=1, **SMALL
+        )
+    hook.remove()
+    assert [[cell is not None for cell in line] for line in sheet.cells] == [[True, True], [True, False]]
+    assert lcmlora.status(pipe) == active
+    assert sheet.columns == ("weight 0.5", "weight 1")
+
+
+def test_a_sheet_in_a_folder_goes_on_where_it_was_stopped(pipe, tmp_path):
+    args = (pipe, ["a", "b"], {"steps": (1, 2)}, {"seed": (1, 2)})
+    whole = lcmlora.sweep(*args, **SMALL)
+    hook, _ = stop_at(pipe, 5)
+    with pytest.warns(lcmlora.LcmLoraWarning, match="stopped after 3 of 8"):
+        lcmlora.sweep(*args, folder=tmp_path / "out", **SMALL)
+    hook.remove()
+    drawn = passes(pipe)
+    sheet = lcmlora.sweep(*args, folder=tmp_path / "out", **SMALL)
+    assert len(drawn) == 12 - 4
+    assert cells(sheet) == cells(whole)
+    assert [row["column"] for row in sheet.rows] == [row["column"] for row in whole.rows]
+    drawn.clear()
+    assert cells(lcmlora.sweep(*args, folder=tmp_path / "out", **SMALL)) == cells(whole)
+    assert drawn == []
+    assert len([*(tmp_path / "out" / "cells").iterdir()]) == 8
+    assert (tmp_path / "out" / "sheet.png").exists()
+
+
+@pytest.mark.parametrize("change", ["weights", "style", "scheduler", "call"])
+def test_pictures_of_another_model_or_setting_in_the_folder_are_not_taken(change, pipe, tmp_path):
+    ink = tiny_lora(pipe, tmp_path / "ink.safetensors")
+    lcmlora.set_styles(pipe, {"ink": ink})
+    lcmlora.sweep_steps(pipe, "a", (1,), folder=tmp_path, **SMALL)
+    drawn, more = passes(pipe), {}
+    if change == "weights":
+        pipe.vae.decoder.conv_in.weight.data.mul_(1.5)
+    elif change == "style":
+        tiny_lora(pipe, ink, seed=9)
+        lcmlora.set_styles(pipe, {"ink": ink})
+    elif change == "scheduler":
+        pipe.scheduler.register_to_config(original_inference_steps=25)
+    else:
+        more = {"guidance_scale": 1.5}
+    lcmlora.sweep_steps(pipe, "a", (1,), folder=tmp_path, **more, **SMALL)
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("config", [None, {"desc": "mine", "leave": False}, {"disable": True}])
+def test_one_bar_for_the_whole_sheet_that_honours_the_pipes_setting(config, lcm_file, capfd):
+    pipe = sd_pipe()
+    lcmlora.accelerate(pipe, lora=lcm_file(pipe))
+    if config is None:
+        del pipe._progress_bar_config
+    else:
+        pipe.set_progress_bar_config(**config)
+    lcmlora.sweep_steps(pipe, ["a", "b"], (1, 2), title="my sheet", **SMALL)
+    said = capfd.readouterr().err
+    assert ("/4" in said) == (config != {"disable": True})
+    assert "/2" not in said
+    assert getattr(pipe, "_progress_bar_config", None) == config
+
+
+def test_a_pipeline_without_a_unet_is_swept_and_a_picture_of_one_colour_is_told(tmp_path):
+    class Plain(DiffusionPipeline):
+        def __init__(self):
+            super().__init__()
+
+        def __call__(self, prompt, num_inference_steps=3, generator=None):
+            picture = Image.new("RGB", (16, 16), (num_inference_steps, 0, 0))
+            if num_inference_steps > 1:
+                picture.putpixel((0, 0), (255, 255, 255))
+            return ImagePipelineOutput([picture])
+
+    sheet = lcmlora.sweep(Plain(), "a", x={"steps": (1, 2)}, y={"seed": (1,)}, folder=tmp_path)
+    assert [row["flag"] for row in sheet.rows] == ["flat", None]
+    assert sheet.rows[0]["seconds_per_step"] == sheet.rows[0]["seconds"]
+    assert sheet.rows[1]["accelerated"] is False
+
+
+def test_of_a_video_the_middle_frame_is_the_picture():
+    frames = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(5)]
+    assert picture_of(AnimateDiffPipelineOutput([frames])) is frames[2]
+    with pytest.raises(lcmlora.PipelineError, match="output_type"):
+        picture_of(AnimateDiffPipelineOutput(torch.zeros(1, 3)))
+
+
+def test_what_ran_of_a_plain_image_to_image_pipe_is_what_strength_leaves(lcm_file):
+    pipe = sd_pipe(cls=StableDiffusionImg2ImgPipeline)
+    batches = passes(pipe)
+    sheet = lcmlora.sweep(pipe, "a", {"strength": (0.5, 1.0)}, image=Image.new("RGB", (16, 16)), num_inference_steps=4)
+    assert [row["num_inference_steps"] for row in sheet.rows] == [2, 4]
+    assert len(batches) == 6

@@ -55,7 +55,9 @@ def what_there_is(pipe: Pipeline, file: Path) -> tuple[str | None, float | None,
 def sheets(pipe: Pipeline) -> lcmlora.Sheet:
     steps = lcmlora.sweep_steps(pipe, ["a fox"], (1, 2), seed=1, height=64, width=64)
     guidance = lcmlora.sweep_guidance(pipe, "a fox", negative_prompt="blurred", call={"eta": 0.0})
-    both = lcmlora.compare(pipe, "a fox", steps=4, base_steps=(4, 25), accelerate={"guidance": 1.5})
+    both = lcmlora.compare(pipe, "a fox", lcm_steps=(4,), base_steps=(4, 25), accelerate={"guidance": 1.5})
+    lcmlora.sweep(pipe, "a fox", x={"steps": (1, 2)}, y={"styles.ink": (0, 0.5)}, without={"steps": 25}, folder="out")
+    lcmlora.sweep_weights(pipe, "a fox", (0.5, 1), style={"ink": (0, 1)}, num_inference_steps=4)
     both.save("sheets", "compare")
     return steps + guidance
 

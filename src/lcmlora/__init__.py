@@ -49,8 +49,10 @@ _HOME = {
     "set_styles": "acceleration",
     "status": "state",
     "styled": "acceleration",
+    "sweep": "sheets",
     "sweep_guidance": "sheets",
     "sweep_steps": "sheets",
+    "sweep_weights": "sheets",
     "unregister": "recipe",
 }
 
@@ -90,8 +92,10 @@ if TYPE_CHECKING:
     from .recipe import unregister as unregister
     from .sheets import Sheet as Sheet
     from .sheets import compare as compare
+    from .sheets import sweep as sweep
     from .sheets import sweep_guidance as sweep_guidance
     from .sheets import sweep_steps as sweep_steps
+    from .sheets import sweep_weights as sweep_weights
     from .state import Status as Status
     from .state import is_accelerated as is_accelerated
     from .state import status as status

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from . import vae as vaes
 from .compat import uncompiled
 from .compiling import Compile
-from .errors import LcmLoraWarning, PipelineError
+from .errors import PipelineError
 from .lora.originals import Keep
 from .lora.sources import Given, HubOptions, Source
-from .moving import move, require_originals
+from .moving import move, plan_for, require_originals
 from .parameters import block_of
 from .transition import transaction
-from .transition.plan import make_plan
 from .transition.records import (
     Content,
     ModuleRecord,
@@ -120,41 +119,56 @@ def accelerate(
         not there, not safetensors, damaged, or no LoRA. LoraMismatchError: a LoRA is made for another UNet.
         CallError: steps or guidance are outside what works.
     """
-    hub = HubOptions(cache_dir, token, local_files_only) if cache_dir or token or local_files_only else UNSET
-    source = (
-        UNSET
-        if lora is UNSET and not (weight_name or subfolder or revision)
-        else Source.of(None if lora is UNSET else lora, weight_name, subfolder, revision)
-    )
-    if recipe is UNSET and source is not UNSET:
-        recipe = None  # a new file may name its own
-    weights = {"base": base, "recipe": recipe, "lora": source, "weight": weight, "fuse": fuse, "keep": keep}
-    weights["compile"] = compile
-    policy = {"steps": steps, "guidance": guidance, "strict": strict}
-    policy["enforce_inference_steps"] = enforce_inference_steps
-    shell = {"vae": vae, "cache_prompts": cache_prompts}
+    wish = {name: value for name, value in locals().items() if name != "pipe"}
     with _alone(pipe):
         now = Snapshot.of(pipe)
-        before = _target(now)
-        other = recipe is not UNSET and recipe is not None and recipe != before.recipe
-        afresh = {"lora": Source.of(None), "weight": None} if other else {}
-        said = {**afresh, **_said({**weights, "adapter_name": adapter_name, "hub": hub})}
-        target = dataclasses.replace(before, **said)
-        target.check()
-        if target.weight is not None:
-            target = dataclasses.replace(target, weight=as_weight(target.weight))
-        anew = {target.adapter_name} if source is not UNSET or other else set()
-        if styles is not UNSET:
-            anew |= _given_sources(styles)
-            found: dict[str, None] = dict.fromkeys(_found(now))
-            target = with_styles(target, styles or {}, _known(now), found)
-        elif target != before:  # what somebody loaded meanwhile stays on
-            late = {name: None for name in _late(now) if name not in target.styles}
-            target = dataclasses.replace(target, styles={**target.styles, **late})
-        settings = dataclasses.replace(now.record.settings if now.record else PipeSettings(), **_said(shell))
-        settings.check(pipe)
-        move(now, target, settings, anew, styles is not UNSET or weight is not UNSET, _said(policy))
+        move(now, *_wanted(now, wish))
     return pipe
+
+
+def _wanted(now: Snapshot, wish: Mapping[str, Any]) -> tuple[Target, PipeSettings, set[str], bool, dict[str, Any]]:
+    """What `accelerate` is asked for: the last five arguments of `move`."""
+    lora, where = wish["lora"], (wish["weight_name"], wish["subfolder"], wish["revision"])
+    source = UNSET if lora is UNSET and not any(where) else Source.of(None if lora is UNSET else lora, *where)
+    recipe = None if wish["recipe"] is UNSET and source is not UNSET else wish["recipe"]  # a new file may name its own
+    options = (wish["cache_dir"], wish["token"], wish["local_files_only"])
+    names = ("base", "weight", "fuse", "keep", "compile", "adapter_name")
+    weights = {name: wish[name] for name in names} | {"recipe": recipe, "lora": source}
+    before = _target(now)
+    other = recipe is not UNSET and recipe is not None and recipe != before.recipe
+    afresh = {"lora": Source.of(None), "weight": None} if other else {}
+    hub = {"hub": HubOptions(*options)} if any(options) else {}
+    target = dataclasses.replace(before, **{**afresh, **_said(weights), **hub})
+    target.check()
+    if target.weight is not None:
+        target = dataclasses.replace(target, weight=as_weight(target.weight))
+    anew = {target.adapter_name} if source is not UNSET or other else set()
+    if (styles := wish["styles"]) is not UNSET:
+        anew |= _given_sources(styles)
+        found: dict[str, None] = dict.fromkeys(_found(now))
+        target = with_styles(target, styles or {}, _known(now), found)
+    elif target != before:  # what somebody loaded meanwhile stays on
+        late = {name: None for name in _late(now) if name not in target.styles}
+        target = dataclasses.replace(target, styles={**target.styles, **late})
+    shell = _said({name: wish[name] for name in ("vae", "cache_prompts")})
+    settings = dataclasses.replace(now.record.settings if now.record else PipeSettings(), **shell)
+    settings.check(now.pipe)
+    policy = _said({name: wish[name] for name in ("steps", "guidance", "strict", "enforce_inference_steps")})
+    return target, settings, anew, styles is not UNSET or wish["weight"] is not UNSET, policy
+
+
+def rehearse(pipe: Any, **settings: Any) -> None:
+    """Refuse what `accelerate` with these settings would refuse before it touches the pipe. Nothing is changed.
+
+    Raises:
+        LcmLoraError: as `accelerate`.
+    """
+    given = inspect.signature(accelerate).bind(pipe, **settings)
+    given.apply_defaults()
+    with _alone(pipe):
+        now = Snapshot.of(pipe)
+        target, kept, anew, _, policy = _wanted(now, given.arguments)
+        kept.policy.under(plan_for(now, target, anew).applied.recipe, policy)
 
 
 def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
@@ -280,47 +294,74 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
     Raises:
         PipelineError: as for `set_styles`.
     """
-    with styles_kept(pipe):
+    record = pipe_record_of(pipe)
+    if record is None or record.baked:
+        raise PipelineError("styled changes an accelerated pipe for a while; lcmlora.accelerate(pipe) first.")
+    with record.gate.changing(), as_it_was(pipe):
         set_styles(pipe, styles)
         yield pipe
 
 
 @contextmanager
-def styles_kept(pipe: Any) -> Iterator[None]:
-    """Whatever styles the block sets, for one thread alone, an accelerated pipe has those it had afterwards."""
-    record = pipe_record_of(pipe)
-    if record is None or record.baked:
-        raise PipelineError("styled changes an accelerated pipe for a while; lcmlora.accelerate(pipe) first.")
-    with record.gate.changing():
-        before = Snapshot.of(pipe)
-        old = _target(before)
-        back = {**dict.fromkeys(_late(before)), **old.styles}
-        try:
-            yield
-        finally:
-            mine = pipe_record_of(pipe)
-            if mine is not None and mine.unet is record.unet:  # not restored in the block
-                with _alone(pipe):
-                    now = Snapshot.of(pipe)
-                    target = _target(now)
-                    anew = {name for name, source in old.sources.items() if target.sources.get(name) != source}
-                    target = dataclasses.replace(target, styles=back, sources={**target.sources, **old.sources})
-                    move(now, target, mine.settings, anew)
+def as_it_was(pipe: Any) -> Iterator[None]:
+    """Whatever a block makes of a pipe, afterwards it is what it was: plain, or accelerated as before.
+
+    A pipe that was accelerated and is restored in the block stays so: the caller of `restore` meant it.
+    """
+    record, before = pipe_record_of(pipe), Before.of(pipe)
+    try:
+        yield
+    finally:
+        mine = pipe_record_of(pipe)
+        if before is None and mine is not None:
+            restore(pipe)
+        elif before is not None and record is not None and mine is not None and mine.unet is record.unet:
+            before.again(pipe)
 
 
-def check_styles(pipe: Any, styles: Styles) -> None:
-    """Refuse what `set_styles` would refuse. Nothing is changed, and nothing warned of.
+@contextmanager
+def plainly(pipe: Any) -> Iterator[None]:
+    """An accelerated pipe as `restore` gives it back, for the length of a block.
 
     Raises:
-        PipelineError, LoraFileError, LoraMismatchError: as for `set_styles`.
+        PipelineError: the way back is not exact, or the pipe was baked.
     """
-    record = pipe_record_of(pipe)
-    if record is None or record.baked:
-        raise PipelineError("styles are an accelerated pipe's; lcmlora.accelerate(pipe) first.")
-    now = Snapshot.of(pipe)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LcmLoraWarning)
-        make_plan(now, with_styles(_target(now), styles, _known(now), {}), _given_sources(styles))
+    before = Before.of(pipe)
+    restore(pipe)
+    try:
+        yield
+    finally:
+        if before is not None:
+            before.again(pipe)
+
+
+class Before(NamedTuple):
+    """What an accelerated pipe was made to be. A record changes with the pipe, so it can't be asked later."""
+
+    target: Target
+    settings: PipeSettings
+
+    @classmethod
+    def of(cls, pipe: Any) -> Before | None:
+        """Of a pipe as it is now; None for one that is not accelerated."""
+        record = pipe_record_of(pipe)
+        if record is None:
+            return None
+        now = Snapshot.of(pipe)
+        target = _target(now)
+        styles = {**dict.fromkeys(_late(now)), **target.styles}
+        return cls(dataclasses.replace(target, styles=styles), record.settings)
+
+    def again(self, pipe: Any) -> None:
+        """Make the pipe so. Styles that were given since stay known."""
+        with _alone(pipe):
+            now = Snapshot.of(pipe)
+            target = _target(now)
+            anew = {name for name, source in self.target.sources.items() if target.sources.get(name) != source}
+            if (self.target.lora, self.target.recipe) != (target.lora, target.recipe):
+                anew.add(self.target.adapter_name)
+            sources = {**target.sources, **self.target.sources}
+            move(now, dataclasses.replace(self.target, sources=sources), self.settings, anew)
 
 
 @contextmanager

@@ -115,11 +115,6 @@ def set_name_or_path(pipe: Any, name: str) -> None:
     pipe.register_to_config(_name_or_path=name)
 
 
-def progress_settings(pipe: Any) -> dict[str, Any]:
-    """What `set_progress_bar_config` was given."""
-    return dict(getattr(pipe, "_progress_bar_config", None) or {})
-
-
 def execution_device(pipe: Any) -> Any:
     """Where a pipeline computes, off-loaded or not."""
     return getattr(pipe, "_execution_device", None) or getattr(pipe, "device", None)
@@ -174,3 +169,16 @@ def adapters_in(wrapper: Any) -> set[str]:
 def version_of(tensor: torch.Tensor) -> int:
     """How often torch has seen a tensor being written."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
+    """What `set_progress_bar_config` was told; None where it was never called."""
+    return getattr(pipe, "_progress_bar_config", None)
+
+
+def set_progress_bar_config(pipe: Any, config: dict[str, Any] | None) -> None:
+    """Have what `progress_bar_config` told again."""
+    if config is not None:
+        pipe._progress_bar_config = config
+    elif hasattr(pipe, "_progress_bar_config"):
+        del pipe._progress_bar_config

@@ -68,7 +68,7 @@ def move(
     applied = unet.applied if unet is not None else None
     off = unet is not None and why_lora_is_off(unet) is not None
     stays = record is not None and applied is not None and not (off or anew or said or target != applied.target)
-    plan = Plan(applied, {}) if stays and applied else _plan(now, target, anew)
+    plan = Plan(applied, {}) if stays and applied else plan_for(now, target, anew)
     settings = dataclasses.replace(settings, policy=settings.policy.under(plan.applied.recipe, policy))
     if stays and record and settings == record.settings and why_not_fast(now.pipe, record) is None:
         return
@@ -96,7 +96,8 @@ def move(
             module.pipes.discard(now.pipe)
 
 
-def _plan(now: Snapshot, target: Target, anew: Collection[str]) -> Plan:
+def plan_for(now: Snapshot, target: Target, anew: Collection[str]) -> Plan:
+    """The plan for a target; refused with the truest reason."""
     try:
         return make_plan(now, target, anew)
     except LcmLoraError:

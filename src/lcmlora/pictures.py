@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,6 +19,7 @@ import peft
 import torch
 import transformers
 from PIL import Image, PngImagePlugin
+from torch import nn
 
 from . import __version__
 from .errors import DataError
@@ -49,6 +51,8 @@ def described(value: Any) -> Any:
             return {"tensor": _digest(value.dtype, value.shape, content.numpy().tobytes())}
         case np.ndarray():
             return {"tensor": _digest(value.dtype, value.shape, np.ascontiguousarray(value).tobytes())}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
@@ -66,19 +70,21 @@ def _digest(*parts: Any) -> str:
 
 
 def provenance(pipe: Any) -> dict[str, Any]:
-    """What a picture of this pipe is made by: pipeline, model, recipe, licence word, LoRA files with their SHA-256,
-    weights, scheduler, versions.
+    """What a picture of this pipe is made by: pipeline, model, a digest of its weights as they are now, scheduler,
+    status (recipe, licence word, styles), LoRA files with their SHA-256, versions.
 
     LoRAs that were in the pipe before, as adapters, came from no file that is known: they have a weight alone.
     """
-    now, record = status(pipe), module_record_of(getattr(pipe, "unet", None))
+    record, scheduler = module_record_of(getattr(pipe, "unet", None)), getattr(pipe, "scheduler", None)
     files: dict[str, LoraFile] = {}
     if record is not None and record.applied is not None:
         files = {record.applied.target.adapter_name: record.applied.lcm.file, **record.applied.files}
     return {
         "pipeline": type(pipe).__name__,
         "model": getattr(pipe, "name_or_path", None) or None,
-        "status": described(now.to_dict()),
+        "weights": _of_weights(pipe),
+        "scheduler": [type(scheduler).__name__, described(dict(getattr(scheduler, "config", {})))],
+        "status": described(status(pipe).to_dict()) if getattr(pipe, "unet", None) is not None else None,
         "loras": {name: {"file": file.label, "sha256": sha256(file)} for name, file in files.items()},
         "versions": versions(),
     }
@@ -88,6 +94,22 @@ def versions() -> dict[str, str]:
     """Of what makes a picture."""
     modules = {"diffusers": diffusers, "peft": peft, "torch": torch, "transformers": transformers}
     return {"lcmlora": __version__, **{name: str(module.__version__) for name, module in modules.items()}}
+
+
+def _of_weights(pipe: Any) -> str:
+    """A digest of eight values of each weight: another fine-tune under the same name is told by it."""
+    models = [model for _, model in sorted(getattr(pipe, "components", {}).items()) if isinstance(model, nn.Module)]
+    some = [_eight_of(p.detach()) for m in models for p in m.parameters() if p.numel() and not p.is_meta]
+    return _digest(torch.cat(some).cpu().numpy().tobytes()) if some else ""
+
+
+def _eight_of(weight: torch.Tensor) -> torch.Tensor:
+    """Eight of its values, the same in any memory format."""
+    every = -(-weight.numel() // 8)
+    if weight.is_contiguous():
+        return weight.view(-1)[::every].double()
+    index = torch.arange(0, weight.numel(), every, device=weight.device)
+    return weight[torch.unravel_index(index, weight.shape)].double()
 
 
 def sha256(file: LoraFile) -> str | None:

@@ -70,15 +70,16 @@ def sweep(
     pipe = speed.apply(model.load(say, call.kind), model.local_files_only)
     more = {"seed": sheet["seed"]} if sheet["seed"] is not None else {}
     axes = {"x": dict([x]), "y": dict([y]) if y else None}
-    sheets: Any = import_module("lcmlora.sheets")
+    from ..sheets import sweep
+
     drawn = _called(
-        sheets.sweep,
+        sweep,
         pipe,
         list(prompts),
         **axes,
         **more,
         without=without,
-        folder=sheet["out"] / "cells",
+        folder=sheet["out"],
         title=sheet["title"],
         call=call.arguments(),
     )
@@ -111,15 +112,19 @@ def compare(
     lcmlora compare "a fox on a teal background" -m pocket --base-steps 1,4,25,50 --lcm-steps 1-8
     """
     said = speed.arguments()
+    if not speed.accelerate:
+        raise click.UsageError("compare draws both ways: --no-accelerate leaves nothing to compare.")
     model.require()
     _require(sheet)
     pipe = model.load(say, call.kind)
+    if model.local_files_only:
+        said["local_files_only"] = True
     given = {"base_steps": base_steps, "lcm_steps": lcm_steps, "seed": sheet["seed"], "recipes": _names(recipes)}
     given = {name: value for name, value in given.items() if value is not None}
-    sheets: Any = import_module("lcmlora.sheets")
-    drawn = _called(
-        sheets.compare, pipe, list(prompts), **given, title=sheet["title"], accelerate=said, call=call.arguments()
-    )
+    from ..sheets import compare
+
+    more = {"title": sheet["title"], "folder": sheet["out"], "accelerate": said, "call": call.arguments()}
+    drawn = _called(compare, pipe, list(prompts), **given, **more)
     _show(drawn, sheet, say)
 
 
@@ -205,4 +210,5 @@ def _show(drawn: Any, sheet: dict[str, Any], say: Say) -> None:
     saved = drawn.save(sheet["out"])
     files = [saved, *([drawn.to_html(sheet["html"])] if sheet["html"] else [])]
     say.result("\n".join(map(str, files)), {"files": [str(file) for file in files], "rows": as_data(drawn.rows)})
-    leave(INTERRUPTED if getattr(drawn, "interrupted", False) else 0)
+    stopped = any(cell is None for line in drawn.cells for cell in line)
+    leave(INTERRUPTED if stopped else 0)

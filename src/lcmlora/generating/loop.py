@@ -12,22 +12,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from .. import pictures
-from ..acceleration import check_styles, set_styles, styles_kept
+from ..acceleration import as_it_was, set_styles
 from ..calls import plain
-from ..compat import progress_settings
 from ..devices import device_of
 from ..errors import DataError, LcmLoraError, PipelineError, brief
 from ..parameters import Parameters
-from ..state import status
+from ..progress import one_bar
+from ..transition.records import pipe_record_of
 from ..transition.target import Style
 from ..warn import warn
 from .processes import Processes
 from .reading import read
 from .records import MadeBy
-from .rows import Failed, Row, Rows, Styles
+from .rows import Failed, Row, Rows, Styles, why_not
 
 _TOLD = 3
 
@@ -116,13 +115,13 @@ def generate(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise DataError(f"batch_size={brief(batch_size)}: a whole number from 1 is expected.")
     _check_pipe(pipe)
-    if styles is not None:
-        check_styles(pipe, styles)
+    if styles is not None and (why := why_not(pipe, styles)):
+        raise PipelineError(why)
     given, folder = read(rows)
     out = Path(out)
     pictures.require_writable(out)
     run = _Run(pipe, out, overwrite, strict, resume)
-    run.plan(given, Rows(pipe, out, folder, call or {}, styles, status(pipe)), batch_size)
+    run.plan(given, Rows(pipe, out, folder, call or {}, styles), batch_size)
     return run.draw(progress)
 
 
@@ -206,11 +205,12 @@ class _Run:
         self._done = {one.row.name for batch in batches for one in batch if one.there}
         already = len(self._done)
         mine = [one for batch in batches for one in batch]
+        shown = progress and self._processes.first
         styled = any(one.row.styles is not None and not one.there for one in mine)
         try:
             with (
-                _bar(self._pipe, progress and self._processes.first, len(mine), already) as bar,
-                styles_kept(self._pipe) if styled else nullcontext(),
+                one_bar(self._pipe, len(mine), "pictures", already, not (mine and shown)) as bar,
+                _alone(self._pipe) if styled else nullcontext(),
             ):
                 for styles, group in itertools.groupby(batches, key=lambda batch: batch[0].row.styles):
                     self._draw_group(styles, [batch for batch in group if not all(one.there for one in batch)], bar)
@@ -338,14 +338,9 @@ def _count(number: int, what: str) -> str:
 
 
 @contextmanager
-def _bar(pipe: Any, progress: bool, total: int, already: int) -> Iterator[Any]:
-    """One bar over all pictures, in the place of one a call; the pipe's own setting comes back."""
-    own = progress_settings(pipe)
-    pipe.set_progress_bar_config(**{**own, "disable": True})
-    try:
-        with tqdm(
-            total=total, initial=already, unit="picture", disable=own.get("disable") or not (progress and total)
-        ) as bar:
-            yield bar
-    finally:
-        pipe.set_progress_bar_config(**own)
+def _alone(pipe: Any) -> Iterator[None]:
+    """The pipe for this thread alone; whatever styles it gets, afterwards it has those it had."""
+    record = pipe_record_of(pipe)
+    assert record is not None, "styles were found to be possible"
+    with record.gate.changing(), as_it_was(pipe):
+        yield

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import nn
 
 from .. import pictures
 from ..devices import device_of, hardware
 from ..layers import unet_of
 from ..lora.sources import Source
 from ..transition.records import PipeRecord, pipe_record_of, stands_for
+from ..transition.snapshot import COMPONENTS
 from ..transition.target import Style, as_weight
 from .rows import Row, file_digest
 
@@ -30,7 +35,8 @@ class MadeBy:
     def __init__(self, pipe: Any) -> None:
         self._pipe, self._record = pipe, pipe_record_of(pipe)
         self._found = found = pictures.provenance(pipe)
-        self._active = _Active(found["status"]["styles"], {n: one["sha256"] for n, one in found["loras"].items()})
+        self._status = found["status"] or {"styles": {}, "lora": None}  # None without a UNet
+        self._active = _Active(self._status["styles"], {n: one["sha256"] for n, one in found["loras"].items()})
         mine = self._record.unet.applied if self._record and not self._record.baked else None
         lora = found["loras"].get(mine.target.adapter_name, {}) if mine else {}
         self._facts = {
@@ -38,11 +44,13 @@ class MadeBy:
             "model": model_of(pipe),
             "dtype": str(getattr(unet_of(pipe), "dtype", "")).removeprefix("torch."),
             "scheduler": scheduler_of(pipe),
+            "fingerprint": fingerprint(pipe),
             "accelerated": _accelerated(self._record) if self._record else None,
         }
         how = {name: value for name, value in (self._facts["accelerated"] or {}).items() if name not in _NOT_SEEN}
         self.look()
-        self._key_facts = {**self._facts, "accelerated": how, "lora": lora.get("sha256") or found["status"]["lora"]}
+        self._key_facts = {**self._facts, "accelerated": how, "lora": lora.get("sha256") or self._status["lora"]}
+        del self._key_facts["model"]  # a place; the fingerprint tells models
 
     def look(self) -> None:
         """See the pipe as it is now, which later records tell of: its styles may have changed."""
@@ -135,6 +143,20 @@ def _accelerated(record: PipeRecord) -> dict[str, Any]:
         "guidance": settings.policy.guidance,
         "enforce_inference_steps": settings.policy.enforce_inference_steps,
     }
+
+
+def fingerprint(pipe: Any) -> str:
+    """A digest of what no LoRA touches in the UNet and the text encoders: norms and biases. A fine-tune has others."""
+    found = []
+    for model in (getattr(pipe, name, None) for name in COMPONENTS):
+        parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
+        own = [p.detach() for name, p in parameters if p.ndim == 1 and len(p) and not _ADDED.search(name)]
+        some = [vector[:: max(1, len(vector) // 8)].double() for vector in own if not vector.is_meta]
+        found += [torch.cat(some).cpu()] if some else []
+    return pictures.key({"vectors": found})
+
+
+_ADDED = re.compile(r"lora_|modules_to_save")
 
 
 def model_of(pipe: Any) -> str | None:

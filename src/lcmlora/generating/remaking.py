@@ -21,7 +21,7 @@ from ..state import is_accelerated
 from ..transition.target import Style, as_weight
 from ..warn import warn
 from .loop import drawn
-from .records import FORMAT, scheduler_of
+from .records import FORMAT, fingerprint, scheduler_of
 from .rows import Row, file_digest
 
 
@@ -54,6 +54,8 @@ def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
         raise PipelineError("again needs the pipe as it was: lcmlora.restore(pipe) first.")
     if plain(type(pipe)).__name__ != record["pipeline"]:
         raise PipelineError(f"{picture} was made by a {record['pipeline']}, and this is a {type(pipe).__name__}.")
+    if fingerprint(pipe) != record["fingerprint"]:
+        raise PipelineError(f"{picture} was made by a {record['model'] or 'model'} of other weights than this one.")
     _warn_of_differences(record)
     with ExitStack() as stack:
         stack.enter_context(_scheduled(pipe, record["scheduler"]))
@@ -71,7 +73,8 @@ def _check_can_be_made(picture: Any, record: Mapping[str, Any], given: bool) -> 
         raise DataError(f"{picture} does not say which model made it: pass the pipe, again(picture, pipe).")
     if (record["accelerated"] or {}).get("vae") == "a module":
         raise DataError(f"{picture} was made with a VAE given in memory: no file has it.")
-    nowhere = [name for name in record["status"]["styles"] if not record["loras"].get(name, {}).get("sha256")]
+    styles = record["status"]["styles"] if record["status"] else ()  # no status without a UNet
+    nowhere = [name for name in styles if not record["loras"].get(name, {}).get("sha256")]
     nowhere += [name for name, one in record["loras"].items() if not one["sha256"] and name not in nowhere]
     if nowhere and not (record["accelerated"] or {}).get("baked"):
         raise DataError(f"{picture} was made with LoRAs that came from no file that is known: {', '.join(nowhere)}.")

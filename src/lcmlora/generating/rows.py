@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from diffusers.utils import load_image
 from PIL import Image, ImageOps
 
-from ..acceleration import check_styles
+from ..acceleration import rehearse
 from ..calls import plain
 from ..errors import CallError, DataError, LcmLoraError, LcmLoraWarning, brief
 from ..parameters import Parameters, near_match
-from ..state import Status
+from ..state import status
 from ..transition.records import pipe_record_of
 from ..transition.target import Style, as_weight
 from .reading import Given, Wanted, seeds_of, size_of, styles_of
@@ -118,18 +118,16 @@ class Rows:
         folder: which paths in rows are relative to.
         call: arguments of every row that does not give them itself.
         styles: those of the rows that name none, and what names of others stand for.
-        now: the pipe's state.
     """
 
-    def __init__(
-        self, pipe: Any, out: Path, folder: Path, call: Mapping[str, Any], styles: Styles, now: Status
-    ) -> None:
-        self._pipe, self._out, self._folder, self._now = pipe, out, folder, now
+    def __init__(self, pipe: Any, out: Path, folder: Path, call: Mapping[str, Any], styles: Styles) -> None:
+        self._pipe, self._out, self._folder = pipe, out, folder
         self.takes = Parameters.of(plain(type(pipe)), "__call__")
         record = pipe_record_of(pipe)
         self._policy = dataclasses.replace(record.settings.policy) if record else None
         self._call = dict(call)
         self._styles = styles
+        self._active = status(pipe).styles if record else {}
         self._checked: list[tuple[Styles, str]] = []
         self._names: dict[str, int] = {}
 
@@ -270,7 +268,7 @@ class Rows:
     def _style(self, name: str, wanted: Wanted) -> Any:
         known = (self._styles or {}).get(name)
         if wanted is None:
-            wanted = known if known is not None else as_weight(self._now.styles.get(name))
+            wanted = known if known is not None else as_weight(self._active.get(name))
             if wanted is None:
                 raise DataError(f"style {name!r} is not known here: give its source or weight, or name it in styles=.")
         elif isinstance(wanted, float) and known is not None and as_weight(known) is None:
@@ -282,7 +280,7 @@ class Rows:
             return
         fault = next((fault for other, fault in self._checked if other == styles), _NOT_YET)
         if fault == _NOT_YET:
-            fault = _why_not(self._pipe, styles)
+            fault = why_not(self._pipe, styles)
             self._checked.append((styles, fault))
         if fault:
             raise DataError(fault)
@@ -291,12 +289,17 @@ class Rows:
 _NOT_YET = "not checked yet"
 
 
-def _why_not(pipe: Any, styles: Mapping[str, Any]) -> str:
+def why_not(pipe: Any, styles: Mapping[str, Any]) -> str:
     """Why the pipe can't have these styles; empty where it can."""
-    try:
-        check_styles(pipe, styles)
-    except LcmLoraError as error:
-        return str(error)
+    record = pipe_record_of(pipe)
+    if record is None or record.baked:
+        return "styles are an accelerated pipe's; lcmlora.accelerate(pipe) first."
+    with warnings.catch_warnings():  # set_styles warns itself
+        warnings.simplefilter("ignore", LcmLoraWarning)
+        try:
+            rehearse(pipe, styles=styles)
+        except LcmLoraError as error:
+            return str(error)
     return ""
 
 
