@@ -88,8 +88,9 @@ def _check_said(again: tuple[Path, ...], model: Model) -> None:
     said = {p for p in context.params if context.get_parameter_source(p) is not click.core.ParameterSource.DEFAULT}
     useless = said - (_WITH_AGAIN if model.model else _WITH_AGAIN - Model.__annotations__.keys())
     for option in (parameter.opts[0] for parameter in context.command.params if parameter.name in useless):
-        other = "only beside --model" if option.strip("-").replace("-", "_") in Model.__annotations__ else "not"
-        raise click.UsageError(f"--again takes everything from the picture: {option} can {other} be given with it.")
+        name = option.strip("-").replace("-", "_")
+        lone = " without --model" if name in Model.__annotations__ else ""
+        raise click.UsageError(f"--again takes everything from the picture: {option} has no effect{lone}.")
 
 
 def _first() -> bool:
@@ -129,14 +130,13 @@ def from_pictures(files: tuple[Path, ...], out: Path, model: Model, overwrite: b
     from ..errors import DataError
     from ..generating import again
 
+    targets = [_beside(file, out) for file in files]
+    for path in targets if not overwrite else ():
+        if path.exists() or targets.count(path) > 1:
+            raise DataError(f"{path} is there: give another --out, or --overwrite.")
     pipe = None if model.model is None else model.load(say)
     made: list[dict[str, Any]] = []
-    for file in files:
-        path = out / file.name
-        if path.exists() and path.samefile(file):
-            path = out / f"{file.stem}-again.png"
-        if path.exists() and not overwrite:
-            raise DataError(f"{path} is there: give another --out, or --overwrite.")
+    for file, path in zip(files, targets, strict=True):
         was, record = pictures.load(file)
         with say.loading(None if pipe is not None else f"what made {file}"):
             image = again(file, pipe)
@@ -145,3 +145,9 @@ def from_pictures(files: tuple[Path, ...], out: Path, model: Model, overwrite: b
         say.tell(f"{path} {'is identical to' if same else 'differs from'} {file}")
         made.append({"file": str(path), "of": str(file), "identical": same})
     say.result("\n".join(one["file"] for one in made), made)
+
+
+def _beside(file: Path, out: Path) -> Path:
+    """Where a picture made again goes: its own file stays."""
+    path = out / file.name
+    return out / f"{file.stem}-again.png" if path.exists() and path.samefile(file) else path

@@ -28,8 +28,9 @@ from .rows import Row, file_digest
 def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
     """Make a picture again that `generate` wrote: pixel for pixel, on the same kind of device with the same versions.
 
-    What stands in the PNG is verified: the LoRA files' and input pictures' SHA-256, the pipeline's class, the base.
-    A model's folder is taken at its name. What was done to a pipe's weights by other means is not known.
+    What stands in the PNG is verified: the LoRA files' and input pictures' SHA-256, the pipeline's class, the base,
+    and the model by its norms and biases. What else was done to a pipe by hand (textual inversion, IP-Adapter) is not
+    known: pass that pipe.
 
     Args:
         picture: the PNG.
