@@ -113,8 +113,10 @@ def test_a_style_set_is_merged_once_and_the_order_of_rows_changes_nothing(pipe, 
     merges = []
     real = lcmlora.generating.loop.set_styles
     monkeypatch.setattr(lcmlora.generating.loop, "set_styles", lambda *given: merges.append(given) or real(*given))
+    rows.append({"prompt": "x", "name": "own"})
     generate(pipe, rows, tmp_path / "a")
     assert len(merges) == 3
+    assert pixels(tmp_path / "a")["own.png"] == alone(pipe, "x"), "with the styles that the pipe has"
     assert status(pipe).styles == {"ink": 0.8, "chalk": 0.8}
     generate(pipe, rows[::-1], tmp_path / "b")
     assert pixels(tmp_path / "a") == pixels(tmp_path / "b")
@@ -466,6 +468,10 @@ def test_again_tells_of_other_versions_and_batches(pipe, tmp_path, monkeypatch):
         again(made, pipe)
     ours = [str(one.message) for one in told if issubclass(one.category, LcmLoraWarning)]
     assert ["torch 1.0 (now" in ours[0], "batch of 2" in ours[1]] == [True, True]
+    for change in ({"seed": "1"}, {"dtype": "nonsense"}, {"files": None}):
+        pictures.save(image, made, {**record, **change})
+        with pytest.raises(DataError, match="is damaged"):
+            again(made, pipe)
     pictures.save(image, made, {"prompt": "x"})
     with pytest.raises(DataError, match="was not written by generate"):
         again(made, pipe)
@@ -545,11 +551,14 @@ def test_two_processes_draw_what_one_draws(pipe, model, tmp_path, monkeypatch):
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
     def work(rank: int) -> None:
+        real, calls = lcmlora.generating.loop.drawn, []
+        lcmlora.generating.loop.drawn = lambda *given: calls.append(given) or real(*given)
         os.environ |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", LcmLoraWarning)
             made = generate(pipe, [*twelve(model), {"prompt": "x", "seed": "?"}], tmp_path / "two")
         assert len(told) == (rank == 0), "one process tells of the bad row"
+        assert len(calls) == 6
         assert ([one.row for one in made.failed], len(made.files), made.already) == ([13], 12, 0)
 
     children = [in_a_child(lambda rank=rank: work(rank)) for rank in range(2)]

@@ -42,7 +42,7 @@ class MadeBy:
         self._facts = {
             "pipeline": found["pipeline"],
             "model": model_of(pipe),
-            "dtype": str(getattr(unet_of(pipe), "dtype", "")).removeprefix("torch."),
+            "dtype": str(getattr(unet_of(pipe), "dtype", None) or pipe.dtype).removeprefix("torch."),
             "scheduler": scheduler_of(pipe),
             "fingerprint": fingerprint(pipe),
             "accelerated": _accelerated(self._record) if self._record else None,

@@ -15,6 +15,7 @@ from PIL import Image
 from .. import loading, pictures
 from ..acceleration import accelerated
 from ..calls import plain
+from ..devices import device_of
 from ..errors import DataError, LoraFileError, PipelineError
 from ..lora.sources import LoraFile, Source
 from ..state import is_accelerated
@@ -44,8 +45,7 @@ def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
         PipelineError: the model can't be loaded, or the pipe given is another one.
     """
     record = pictures.record_of(os.fspath(picture))
-    if record.get("format") != FORMAT:
-        raise DataError(f"{picture} was not written by generate, or by another version of it.")
+    _check_record(picture, record)
     _check_can_be_made(picture, record, pipe is not None)
     row = _row(record)
     how = _how(record)
@@ -57,13 +57,36 @@ def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
         raise PipelineError(f"{picture} was made by a {record['pipeline']}, and this is a {type(pipe).__name__}.")
     if fingerprint(pipe) != record["fingerprint"]:
         raise PipelineError(f"{picture} was made by a {record['model'] or 'model'} of other weights than this one.")
-    _warn_of_differences(record)
+    _warn_of_differences(record, device_of(pipe).type)
     with ExitStack() as stack:
         stack.enter_context(_scheduled(pipe, record["scheduler"]))
         if how is not None:
             stack.enter_context(accelerated(pipe, **how))
             _verify(record, pictures.provenance(pipe))
         return drawn(pipe, [row])[0]
+
+
+_FIELDS: Mapping[str, Any] = {
+    **dict.fromkeys(("seed", "batch"), int),
+    **dict.fromkeys(("settings", "files", "loras", "versions"), dict),
+    **dict.fromkeys(("pipeline", "dtype", "device", "fingerprint"), str),
+    **dict.fromkeys(("in_memory",), list),
+    **dict.fromkeys(("accelerated", "scheduler", "status"), dict | None),
+    **dict.fromkeys(("prompt", "model"), str | None),
+    "fit": list | None,
+}
+_HOW = ("recipe", "weight", "fuse", "compile", "vae", "steps", "guidance", "enforce_inference_steps")
+
+
+def _check_record(picture: Any, record: Mapping[str, Any]) -> None:
+    """Refuse a record that `generate` did not write so: the PNG may come from anywhere."""
+    if record.get("format") != FORMAT:
+        raise DataError(f"{picture} was not written by generate, or by another version of it.")
+    for name, kind in _FIELDS.items():
+        if name not in record or not isinstance(record[name], kind):
+            raise DataError(f"{picture}: what it says is damaged, its {name!r} is missing or no {kind}.")
+    if not isinstance(getattr(torch, record["dtype"], None), torch.dtype):
+        raise DataError(f"{picture}: what it says is damaged, its type of weights is {record['dtype']!r}.")
 
 
 def _check_can_be_made(picture: Any, record: Mapping[str, Any], given: bool) -> None:
@@ -99,7 +122,8 @@ def _how(record: Mapping[str, Any]) -> dict[str, Any] | None:
     if record["accelerated"] is None or record["accelerated"].get("baked"):
         return None
     base = record["status"]["base"]
-    how = {**record["accelerated"], "base": "auto" if base == "custom" else base, "styles": {}}
+    how = {name: record["accelerated"][name] for name in _HOW if name in record["accelerated"]}
+    how |= {"base": "auto" if base == "custom" else base, "styles": {}}
     for name, one in record["loras"].items():
         if one["few_step"]:
             how["lora"] = _found(name, one)
@@ -141,9 +165,10 @@ def _load(record: Mapping[str, Any]) -> Any:
     return pipe
 
 
-def _warn_of_differences(record: Mapping[str, Any]) -> None:
-    now = pictures.versions()
-    other = [f"{name} {was} (now {now.get(name)})" for name, was in record["versions"].items() if now.get(name) != was]
+def _warn_of_differences(record: Mapping[str, Any], device: str) -> None:
+    now = {**pictures.versions(), "device": device}
+    was_made = {**record["versions"], "device": record["device"]}
+    other = [f"{name} {was} (now {now.get(name)})" for name, was in was_made.items() if now.get(name) != was]
     if other:
         warn(f"the picture was made with {', '.join(other)}: it may differ in the last bits.")
     if record["batch"] > 1:
