@@ -37,8 +37,10 @@ RANKS = (
     ("acceleration", "state"),
     ("pictures",),
     ("sheets", "baking", "pocket", "testing", "distillation"),
-    ("benchmarking",),
-    ("cli", "demo"),
+    ("benchmarking", "loading"),
+    ("generating",),
+    ("demo",),
+    ("cli", "__main__"),
 )
 """Each module or folder may import from its own row and from those above."""
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

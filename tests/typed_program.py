@@ -75,6 +75,14 @@ def speed(pipe: Pipeline, folder: Path) -> float:
     return found.speedup / found.possible_speedup
 
 
+def many(pipe: Pipeline, rows: list[dict[str, Any]], out: Path) -> list[Path]:
+    made: lcmlora.Generated = lcmlora.generate(pipe, rows, out, styles={"ink": 0.5}, call={"steps": 4}, batch_size=2)
+    for failed in lcmlora.generate(pipe, "rows.jsonl", out, resume=False, strict=True, overwrite=True).failed:
+        rows[failed.row - 1].clear()
+    lcmlora.again(made.files[0], pipe).save("again.png")
+    return [file for file in made.files if not made.interrupted]
+
+
 def own_lora(data: Path) -> Path:
     teacher = lcmlora.load_pocket("chalk")
     return lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))

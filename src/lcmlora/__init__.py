@@ -19,6 +19,7 @@ _HOME = {
     "CallError": "errors",
     "DataError": "errors",
     "DistillConfig": "distillation",
+    "Generated": "generating",
     "LcmLoraError": "errors",
     "LcmLoraWarning": "errors",
     "LoraFileError": "errors",
@@ -32,12 +33,14 @@ _HOME = {
     "Style": "transition.target",
     "accelerate": "acceleration",
     "accelerated": "acceleration",
+    "again": "generating",
     "bake": "baking",
     "bases": "base",
     "benchmark": "benchmarking",
     "compare": "sheets",
     "detect_base": "base",
     "distill": "distillation",
+    "generate": "generating",
     "inspect_lora": "lora.files",
     "is_accelerated": "state",
     "load_baked": "baking",
@@ -80,6 +83,9 @@ if TYPE_CHECKING:
     from .errors import LoraFileError as LoraFileError
     from .errors import LoraMismatchError as LoraMismatchError
     from .errors import PipelineError as PipelineError
+    from .generating import Generated as Generated
+    from .generating import again as again
+    from .generating import generate as generate
     from .lora.files import LoraInfo as LoraInfo
     from .lora.files import inspect_lora as inspect_lora
     from .pocket import load_pocket as load_pocket

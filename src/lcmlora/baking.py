@@ -54,7 +54,7 @@ def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any)
         raise PipelineError(f"bake would save a pipe without the LCM-LoRA: {why}.")
     try:
         folder = Path(os.path.realpath(folder))
-        _check_folder(folder, overwrite)
+        check_folder(folder, overwrite)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
             made = Path(place) / folder.name
@@ -81,7 +81,7 @@ def _put_in_place(made: Path, folder: Path, aside: Path) -> None:
         raise
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
+def check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse to replace what is no checkpoint, whatever the caller says."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return

@@ -113,6 +113,11 @@ def name_or_path(thing: Any) -> str:
     return str(found or "")
 
 
+def set_name_or_path(pipe: Any, name: str) -> None:
+    """Note what a pipeline was loaded from, where its loader does not."""
+    pipe.register_to_config(_name_or_path=name)
+
+
 def execution_device(pipe: Any) -> Any:
     """Where a pipeline computes, off-loaded or not."""
     return getattr(pipe, "_execution_device", None) or getattr(pipe, "device", None)

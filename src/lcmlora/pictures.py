@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import diffusers
 import numpy as np
 import peft
 import torch
+import transformers
 from PIL import Image, PngImagePlugin
 from torch import nn
 
@@ -85,13 +88,14 @@ def provenance(pipe: Any) -> dict[str, Any]:
         "scheduler": [type(scheduler).__name__, described(dict(getattr(scheduler, "config", {})))],
         "status": described(status(pipe).to_dict()) if getattr(pipe, "unet", None) is not None else None,
         "loras": {name: {"file": file.label, "sha256": sha256(file)} for name, file in files.items()},
-        "versions": {
-            "lcmlora": __version__,
-            "diffusers": diffusers.__version__,
-            "peft": peft.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what makes a picture."""
+    modules = {"diffusers": diffusers, "peft": peft, "torch": torch, "transformers": transformers}
+    return {"lcmlora": __version__, **{name: str(module.__version__) for name, module in modules.items()}}
 
 
 def _of_weights(pipe: Any) -> str:
@@ -122,6 +126,20 @@ def _sha256(path: Path, stamp: Any) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def require_writable(folder: Path) -> None:
+    """See that files can be written to a folder, which is made.
+
+    Raises:
+        DataError: they can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder} can't be written to: {error.strerror or error}.") from error
+
+
 def save(image: Image.Image, path: str | Path, record: Mapping[str, Any]) -> Path:
     """Write a PNG with `record` in its text chunk. It appears under its name only when it is whole.
 
@@ -134,21 +152,41 @@ def save(image: Image.Image, path: str | Path, record: Mapping[str, Any]) -> Pat
     return write(path, stream.getvalue())
 
 
+def record_of(path: str | Path) -> dict[str, Any]:
+    """What a picture's chunk says; the picture itself is not decoded.
+
+    Raises:
+        DataError: it is no picture, or none that lcmlora wrote.
+    """
+    with _opened(path) as picture:
+        return _said(path, picture)
+
+
 def load(path: str | Path) -> tuple[Image.Image, dict[str, Any]]:
     """A picture and what its chunk says.
 
     Raises:
         DataError: it is no picture, or none that lcmlora wrote.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            text = picture.info.get(CHUNK)
-            record = json.loads(text) if isinstance(text, str) else None
-            image = picture.copy()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} can't be read as a picture: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path} does not say what made it: only a PNG that lcmlora wrote does.")
+    with _opened(path) as picture:
+        picture.load()
+        record, image = _said(path, picture), picture.copy()
     image.info.pop(CHUNK, None)
     return image, record
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} can't be read as a picture: {error}") from error
+
+
+def _said(path: str | Path, picture: Image.Image) -> dict[str, Any]:
+    text = picture.info.get(CHUNK)
+    record = json.loads(text) if isinstance(text, str) else None
+    if not isinstance(record, dict):
+        raise DataError(f"{path} does not say what made it: only a PNG that lcmlora wrote does.")
+    return record

@@ -12,8 +12,16 @@ from .compat import progress_bar_config, without_bars
 
 
 @contextmanager
-def one_bar(pipe: Any, total: int, what: str) -> Iterator[Any]:
-    """A bar to `update`. The pipe's own bars are off meanwhile; where its user turned them off, so is this one."""
-    found = progress_bar_config(pipe) or {}
-    with without_bars(pipe), tqdm(**{"desc": what, "total": total, **found}) as bar:
+def one_bar(pipe: Any, total: int, what: str, there: int = 0, hidden: bool = False) -> Iterator[Any]:
+    """A bar to `update`. The pipe's own bars are off meanwhile; where its user turned them off, so is this one.
+
+    Args:
+        pipe: whose calls they are.
+        total: of all things.
+        what: they are, before the bar.
+        there: how many of them are done already.
+        hidden: show no bar at all.
+    """
+    found = {"desc": what, "total": total, "initial": there, **(progress_bar_config(pipe) or {})}
+    with without_bars(pipe), tqdm(**{**found, "disable": hidden or found.get("disable", False)}) as bar:
         yield bar

@@ -29,7 +29,8 @@ Given = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 READ_ERRORS = (SafetensorError, OSError, ValueError, RuntimeError, TypeError)
 """What reading a damaged or vanished file can raise."""
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""The id of a repository of the hub."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -104,7 +105,7 @@ class Source:
             return LoraFile.at(self.where, self.where)
         if os.path.isdir(self.where):
             return LoraFile.at(_file_in(Path(self.where, self.subfolder or ""), self.weight_name), self.where)
-        if not _REPOSITORY.fullmatch(self.where):
+        if not REPOSITORY.fullmatch(self.where):
             raise LoraFileError(f"LoRA {self.where!r} is no file, no folder and no repository id like 'owner/name'.")
         return LoraFile.at(self._download(hub), self.where)
 
@@ -158,7 +159,7 @@ def _absolute(path: str) -> str:
 
 def _place(path: str) -> str:
     """A repository id as it is, anything else as an absolute path. What exists here is a path."""
-    is_id = _REPOSITORY.fullmatch(path) and not path.endswith(".safetensors") and not path.startswith((".", "~"))
+    is_id = REPOSITORY.fullmatch(path) and not path.endswith(".safetensors") and not path.startswith((".", "~"))
     return path if is_id and not os.path.exists(path) else _absolute(path)
 
 

@@ -45,11 +45,14 @@ def load_pocket(variant: Literal["base", "chalk"] = "base", *, dtype: torch.dtyp
     import torch
     from diffusers import StableDiffusionPipeline
 
+    from ..compat import set_name_or_path
+
     if variant not in ("base", "chalk"):
         raise ValueError(f"variant={variant!r}: 'base' or 'chalk' is expected.")
     pipe = StableDiffusionPipeline.from_pretrained(MODEL / "pipeline", dtype=torch.float32, local_files_only=True)
     if variant == "chalk":
         _add_difference(pipe.unet, MODEL / "chalk" / "unet_difference.safetensors")
+    set_name_or_path(pipe, "pocket" if variant == "base" else f"pocket:{variant}")  # whatever machine reads it
     return pipe if dtype is None else pipe.to(dtype=dtype)  # "to" logs, even where there is nothing to do
 
 

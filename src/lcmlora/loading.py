@@ -1,0 +1,187 @@
+"""A pipeline from whatever names it: a folder, a repository, one file, or the embedded model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from safetensors import safe_open
+
+from . import pocket
+from .baking import load_baked
+from .compat import set_name_or_path
+from .errors import PipelineError
+from .lora.sources import REPOSITORY
+from .transition.snapshot import read_baked
+
+KINDS: Mapping[str, Any] = {
+    "text2img": AutoPipelineForText2Image,
+    "img2img": AutoPipelineForImage2Image,
+    "inpaint": AutoPipelineForInpainting,
+}
+"""What a pipeline may be for, and who makes one of another."""
+_CHECKPOINTS = (".safetensors", ".ckpt")
+_CLASSES = {
+    "v1": StableDiffusionPipeline,
+    "v2": StableDiffusionPipeline,
+    "inpainting": StableDiffusionInpaintPipeline,
+    "inpainting_v2": StableDiffusionInpaintPipeline,
+    "xl_base": StableDiffusionXLPipeline,
+    "playground-v2-5": StableDiffusionXLPipeline,
+    "xl_inpaint": StableDiffusionXLInpaintPipeline,
+}
+
+
+def default_device() -> str:
+    """An accelerator where there is one, else the processor."""
+    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+
+
+def load(
+    model: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    kind: str | None = None,
+    config: str | None = None,
+    **options: Any,
+) -> Any:
+    """Load a pipeline.
+
+    Args:
+        model: a folder (baked ones too), a repository id, a `.safetensors` or `.ckpt` checkpoint, "pocket" or
+            "pocket:chalk".
+        dtype: of the weights; None is float16 on an accelerator, float32 on a processor.
+        device: where to; None is an accelerator where there is one.
+        kind: "text2img", "img2img" or "inpaint"; None leaves what the model says it is.
+        config: for a checkpoint: the folder or repository of a pipeline of its kind, whose configs describe it.
+        options: as for diffusers' `from_pretrained`, such as `local_files_only` or `variant`.
+
+    Raises:
+        PipelineError: it is not there, can't be loaded, or there is no pipeline of that kind for it.
+    """
+    try:
+        device = torch.device(device or default_device())
+    except RuntimeError as error:
+        raise PipelineError(f"device={device!r}: 'cuda', 'cuda:1', 'mps' or 'cpu' is expected.") from error
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+    with _told(model):
+        pipe = _loaded(model, dtype, config, options)
+    if kind is not None:
+        pipe = _as_kind(pipe, kind)
+    try:
+        return pipe if device.type == "cpu" else pipe.to(device)
+    except (RuntimeError, AssertionError) as error:  # out of memory, no such device, torch without it
+        raise PipelineError(f"{model} can't be put on {device}: {str(error).splitlines()[0]}") from error
+
+
+def _loaded(model: str, dtype: torch.dtype, config: str | None, options: Mapping[str, Any]) -> Any:
+    name, _, variant = model.partition(":")
+    if name == "pocket" and not os.path.exists(model):
+        if variant not in ("", "base", "chalk"):
+            raise PipelineError(f"model {model!r}: 'pocket' or 'pocket:chalk' is expected.")
+        own = None if dtype is torch.float32 else dtype  # it is so already
+        return pocket.load_pocket("chalk" if variant == "chalk" else "base", dtype=own)
+    path = Path(model).expanduser()
+    if path.is_dir() and read_baked(path) is not None:
+        return load_baked(path, dtype=dtype, **options)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise PipelineError(f"{path} is no pipeline's folder: there is no model_index.json in it.")
+    if path.is_file() or path.suffix.lower() in _CHECKPOINTS:
+        return _from_checkpoint(path, dtype, config, options)
+    if not path.is_dir() and not REPOSITORY.fullmatch(model):
+        raise PipelineError(
+            f"there is no model {model!r}: a pipeline's folder, a repository id like 'owner/name', a .safetensors or "
+            ".ckpt checkpoint, 'pocket' or 'pocket:chalk' is expected."
+        )
+    return DiffusionPipeline.from_pretrained(str(path) if path.is_dir() else model, dtype=dtype, **options)
+
+
+def _from_checkpoint(path: Path, dtype: torch.dtype, config: str | None, options: Mapping[str, Any]) -> Any:
+    if not path.is_file():
+        raise PipelineError(f"there is no file {path}.")
+    if path.suffix.lower() not in _CHECKPOINTS:
+        raise PipelineError(f"{path} is no checkpoint: a .safetensors or .ckpt file is expected.")
+    kind = infer_diffusers_model_type(_shapes(path))
+    if kind not in _CLASSES:
+        raise PipelineError(f"{path} is a checkpoint of kind {kind!r}: Stable Diffusion or SDXL is expected.")
+    options = {**options, **({"config": config} if config else {})}
+    pipe = _CLASSES[kind].from_single_file(str(path), dtype=dtype, **options)
+    set_name_or_path(pipe, os.path.abspath(path))
+    return pipe
+
+
+def _shapes(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors by name, those of a safetensors file without their values."""
+    if path.suffix.lower() != ".safetensors":
+        found: Mapping[str, torch.Tensor] = load_single_file_checkpoint(str(path))
+        return found
+    with safe_open(path, "pt") as file:
+        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+
+
+def _as_kind(pipe: Any, kind: str) -> Any:
+    """A pipeline for something else, of the same parts."""
+    if kind not in KINDS:
+        raise PipelineError(f"kind={kind!r}: one of {', '.join(KINDS)} is expected.")
+    try:
+        return KINDS[kind].from_pipe(pipe)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise PipelineError(f"there is no {kind} pipeline for a {type(pipe).__name__}: {error}") from error
+
+
+def as_class(pipe: Any, name: str) -> Any:
+    """A pipeline of diffusers' class of that name, of the same parts.
+
+    Raises:
+        PipelineError: there is none, or it needs other parts.
+    """
+    if type(pipe).__name__ == name:
+        return pipe
+    try:
+        return getattr(diffusers, name).from_pipe(pipe)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise PipelineError(f"no {name} can be made of a {type(pipe).__name__}: {error}") from error
+
+
+@contextmanager
+def bars_hidden() -> Iterator[None]:
+    """No bars of the libraries that load and download. For a program; a library leaves them to its user."""
+    loggers = [diffusers.utils.logging, transformers.utils.logging]  # the latter's is the hub client's switch too
+    shown = [logger for logger in loggers if logger.is_progress_bar_enabled()]
+    for logger in shown:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger in shown:
+            logger.enable_progress_bar()
+
+
+@contextmanager
+def _told(model: str) -> Iterator[None]:
+    """One sentence for whatever the loaders raise."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:  # diffusers, transformers, safetensors and the hub's client raise many kinds
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise PipelineError(f"model {model!r} can't be loaded. The loader says: {reason}") from error
