@@ -164,3 +164,18 @@ def adapters_in(wrapper: Any) -> set[str]:
 def version_of(tensor: torch.Tensor) -> int:
     """How often torch has seen a tensor being written."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def accelerate_in_use() -> bool:
+    """Whether somebody has made an `accelerate.Accelerator` in this process: its settings are global."""
+    from accelerate.state import AcceleratorState
+
+    return bool(AcceleratorState._shared_state)
+
+
+def forget_accelerate() -> None:
+    """Let the next `accelerate.Accelerator` of this process have settings of its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()

@@ -1,0 +1,50 @@
+"""Writing files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import LcmLoraError
+
+PARTIAL = ".partial"
+"""The end of a name that a file has while it is written. Nothing reads such files."""
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A path to write to. What is there at the end takes the file's place at once; nothing does after an error.
+
+    Raises:
+        LcmLoraError: the disk is full, or can't be written to.
+    """
+    partial = file.with_name(f"{file.name}.{os.getpid()}{PARTIAL}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
+    except Exception as error:
+        if reason := _disk(error, file):
+            raise LcmLoraError(
+                f"{file} could not be written: {reason}. What stood there before is whole; make room and run it again."
+            ) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _disk(error: BaseException, file: Path) -> str | None:
+    """What the disk has against it; None where the error is another's. torch and safetensors hide the system's own."""
+    if isinstance(error, OSError):
+        return "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)
+    words = str(error).lower()
+    if "no space left" in words or "file write failed" in words or "os error 28" in words:
+        return "the disk is full"
+    if "os error" in words or "enforce fail" in words:
+        return str(error).splitlines()[0]
+    return None
