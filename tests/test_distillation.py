@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import lcmlora
 from conftest import PIPES, assert_same, sd_pipe, snapshot, write_lora
-from lcmlora.distillation.data import Turns, read_folder
+from lcmlora.distillation.data import read
 from lcmlora.distillation.loop import _Run
 from lcmlora.distillation.solver import Solver, boundary_scalings, pseudo_huber
 from lcmlora.layers import lcm_layers
@@ -165,37 +165,10 @@ def test_loss_falls_on_one_batch(pictures, tmp_path):
 
     with _borrowed(pipe):
         run = _Run(pipe, lcmlora.DistillConfig(**{**CONFIG, "batch_size": 5}), tmp_path, False)
-        source = Pictures(read_folder(pictures), 16, False, 0)
+        source = Pictures(read(pictures).examples, 16, False, 0)
         batch = collate([source[(i, 0)] for i in range(5)])
         losses = [run._train(batch, 0) for _ in range(40)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-
-
-def test_every_example_is_seen_once_an_epoch_by_all_processes_together():
-    turns = [list(Turns(10, 2, seed=1, first=0, last=5, process=p, processes=2)) for p in (0, 1)]
-    seen = [index for step in zip(*turns, strict=True) for part in step for index, _ in part]
-    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
-    assert seen[:10] != seen[10:20]
-    assert list(Turns(10, 2, 1, 3, 5)) == list(Turns(10, 2, 1, 0, 5))[3:]
-
-
-def test_bad_data_is_refused_with_the_line(pictures, tmp_path):
-    cases = {
-        "no metadata": (None, "no metadata.jsonl"),
-        "not json": ("{", "line 1"),
-        "no text": ('{"file_name": "0.png"}', "line 1"),
-        "no picture": ('{"file_name": "9.png", "text": "x"}', "9.png is not there"),
-        "empty": ("\n", "names no picture"),
-    }
-    for text, words in cases.values():
-        if text is None:
-            (tmp_path / "empty").mkdir()
-            folder = tmp_path / "empty"
-        else:
-            folder = pictures
-            (pictures / "metadata.jsonl").write_text(text)
-        with pytest.raises(lcmlora.DataError, match=words):
-            read_folder(folder)
 
 
 @pytest.mark.parametrize(

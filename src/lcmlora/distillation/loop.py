@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..lora.adapters import Adapters
 from ..lora.files import WEIGHT_NAME
 from . import export
 from .config import DistillConfig
-from .data import Pictures, Turns, collate, read_folder
+from .data import Example, Pictures, ResumableBatchSampler, collate, read
 from .solver import Solver, pseudo_huber
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def distill(
         LcmLoraError: the loss stopped being finite, or the file does not load back.
     """
     config = config or DistillConfig()
-    examples = read_folder(data)
+    examples = read(data).examples
     pipe = DiffusionPipeline.from_pretrained(teacher) if isinstance(teacher, str | Path) else teacher
     _check_teacher(pipe)
     output = Path(output)
@@ -137,13 +137,13 @@ class _Run:
         self.ema = EMAModel(self.params, decay=config.ema) if config.ema else None
         self.step = 0
 
-    def run(self, examples: list[Any]) -> Path:
+    def run(self, examples: Sequence[Example]) -> Path:
         config = self.config
         self._resume()
         side = config.resolution or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         pictures = Pictures(examples, side, config.random_flip, config.seed)
         accumulate = config.gradient_accumulation
-        turns = Turns(
+        turns = ResumableBatchSampler(
             len(examples), config.batch_size, config.seed, self.step * accumulate, config.steps * accumulate,
             self.accelerator.process_index, self.accelerator.num_processes,
         )  # fmt: skip
@@ -241,7 +241,7 @@ class _Run:
             side = [self.config.resolution or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor] * 2
             sizes = [
                 [*original, *corner, *side]
-                for original, corner in zip(batch["original_size"], batch["corner"], strict=True)
+                for original, corner in zip(batch["original_size"], batch["crop_top_left"], strict=True)
             ]
             time_ids = torch.tensor(sizes, device=self.device, dtype=encoded[0].dtype)
             text["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": time_ids}
