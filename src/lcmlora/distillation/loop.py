@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -304,7 +305,8 @@ class _Run:
             inputs = {"sample": z.to(pipe.device, pipe.unet.dtype), "timestep": torch.tensor(999), **text}
             expected = pipe.unet(**inputs, return_dict=False)[0]
         if self.accelerator.is_main_process:
-            export.save(pipe.unet, self.output, self.config, self.lora)
+            state, settings = export.state_of(pipe.unet), dataclasses.asdict(self.config)
+            export.save(state, self.output, alpha=self.lora.lora_alpha, settings=settings)
         pipe.unet.delete_adapters(export.ADAPTER)
         pipe.unet.unload_lora()
         if self.accelerator.is_main_process:
