@@ -95,8 +95,8 @@ def save(
 
 
 def _save_kohya(halves: State, alpha: float, rank: int, file: Path, made: Mapping[str, str]) -> None:
-    """With diffusers' block names, as the official LCM-LoRAs have: diffusers, ComfyUI and A1111 know these for every
-    base, and Stability's own can't name what SSD-1B and Vega have.
+    """With diffusers' block names, as the official LCM-LoRAs have for every base: diffusers, ComfyUI and A1111 read
+    them.
     """
     ends = {_DOWN: ".lora_down.weight", _UP: ".lora_up.weight"}
     tensors = {}
