@@ -62,7 +62,10 @@ def sheets(pipe: Pipeline) -> lcmlora.Sheet:
 
 def own_lora(data: Path) -> Path:
     teacher = lcmlora.load_pocket("chalk")
-    return lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))
+    file = lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))
+    small: lcmlora.ResizedLora = lcmlora.resize_lora(file, 4, "small.safetensors")
+    assert small.kept >= small.least[1]
+    return small.file
 
 
 def refusals(pipe: Pipeline) -> str:

@@ -26,6 +26,7 @@ _HOME = {
     "LoraSource": "recipe",
     "PipelineError": "errors",
     "Recipe": "recipe",
+    "ResizedLora": "distillation.resize",
     "Sheet": "sheets",
     "Status": "state",
     "Style": "transition.target",
@@ -42,6 +43,7 @@ _HOME = {
     "load_pocket": "pocket",
     "recipes": "recipe",
     "register": "recipe",
+    "resize_lora": "distillation.resize",
     "restore": "acceleration",
     "set_styles": "acceleration",
     "status": "state",
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
     from .base import detect_base as detect_base
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill
+    from .distillation.resize import ResizedLora as ResizedLora
+    from .distillation.resize import resize_lora as resize_lora
     from .errors import BaseModelError as BaseModelError
     from .errors import CallError as CallError
     from .errors import DataError as DataError

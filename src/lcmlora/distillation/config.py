@@ -90,6 +90,7 @@ class DistillConfig:
         False, "recompute activations in the backward pass: a third slower, much less memory."
     )
     compile: bool = _set(False, "compile the UNet's repeated blocks (torch.compile): slow to start, then faster.")
+    kohya: bool = _set(False, "also write a copy in kohya's layout, for ComfyUI and A1111.", free=True)
     checkpoint_every: int = _set(
         500, "steps between checkpoints; 0 writes none. A run resumes from the one in its output folder.", free=True
     )

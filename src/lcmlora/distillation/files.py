@@ -30,9 +30,7 @@ def whole(file: Path) -> Iterator[Path]:
         partial.replace(file)
     except Exception as error:
         if reason := _disk(error, file):
-            raise LcmLoraError(
-                f"{file} could not be written: {reason}. What stood there before is whole; make room and run it again."
-            ) from error
+            raise LcmLoraError(f"{file} can't be written: {reason}. What stood there before is whole.") from error
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import resource
@@ -13,15 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
+from peft import LoraConfig
 from tqdm.auto import tqdm
 
 from .. import compat, compiling
 from ..errors import DataError, LcmLoraError
+from ..layers import TARGET_MODULES
 from ..lora.files import WEIGHT_NAME
-from ..lora.merge import FileLora
+from ..lora.sources import Given
 from . import checkpoint, export, optimizer
 from .batches import Batches, Step
 from .cache import digest
+from .card import write_card
 from .config import DistillConfig
 from .data import Dataset, read
 from .draws import Draws
@@ -34,7 +38,7 @@ from .validation import PROMPTS, Validation, Validator
 
 logger = logging.getLogger(__name__)
 LOG, RESULT, BEST = "log.jsonl", "result.json", "best"
-Styles = Sequence[tuple[FileLora, float]]
+Styles = Sequence[tuple[Given, float]]
 
 
 class Probe(NamedTuple):
@@ -99,12 +103,18 @@ def distill(
     with accelerating(config, output) as accelerator, borrowed(pipe):
         _to(pipe, accelerator.device)
         run = _Run(pipe, dataset, config, output, accelerator, progress)
-        with styled(pipe, styles or {}) as loras:
-            probe = run.begin(loras)
-        run.check(probe)
+        with styled(pipe, styles or {}):
+            run.begin()
+        run.rehearse()
         with styled(pipe, styles or {}) as loras:
             probe = run.train(loras, prompts)
         run.check(probe)
+        if accelerator.is_main_process:
+            sheets = sorted(str(sheet.relative_to(output)) for sheet in output.glob("validation/*.png"))
+            base = (
+                str(teacher) if isinstance(teacher, str | Path) else compat.name_or_path(pipe) or type(pipe).__name__
+            )
+            write_card(probe.file, base=base, settings=dataclasses.asdict(config), pictures=sheets[-1:])
         return probe.file
 
 
@@ -134,18 +144,17 @@ class _Run:
 
     # -- begin and end ------------------------------------------------------------------------------------------------
 
-    def begin(self, styles: Styles) -> Probe | None:
-        """Resume, or note the settings; a fresh run writes the file of a random LoRA, to see that it loads back.
+    def begin(self) -> None:
+        """Note the settings, or go on from the checkpoint of a run that had the same.
 
         Raises:
             DataError: the output folder holds a run with other settings.
         """
         accelerator, config = self.accelerator, self.config
-        texts = [example.text for example in self.dataset.examples]
         told = checkpoint.settings(
             config,
             teacher=digest(self.teacher.unet),  # with its styles
-            data=digest(self.dataset.pictures, texts),
+            data=digest(self.dataset.pictures, [example.text for example in self.dataset.examples]),
             examples_a_step=config.batch_size * config.gradient_accumulation * accelerator.num_processes,
         )
         checkpoint.check_settings(self.output, told)
@@ -153,52 +162,57 @@ class _Run:
         state = checkpoint.load(self.output)
         if accelerator.is_main_process:
             checkpoint.write_settings(self.output, told)
-        if accelerator.trackers or config.trackers:
+        if config.trackers:
             flat = {k: v for k, v in told["settings"].items() if isinstance(v, int | float | str)}
             accelerator.init_trackers("lcmlora", config=flat)
         if state is not None:
             self._resume(state)
-            return None
-        for up in self.student.up:
-            generator = torch.Generator().manual_seed(0)
-            up.data.copy_(0.02 * torch.randn(up.shape, generator=generator))
-        probe = self._probe(self.output / "trial", styles)
-        for up in self.student.up:
-            up.data.zero_()
-        return probe
+
+    def rehearse(self) -> None:
+        """Before the first step of all, see that a file of such a LoRA loads back; to be called without the styles.
+
+        Raises:
+            LcmLoraError: it does not.
+        """
+        if self.accelerator.is_main_process and not self.step:
+            lora = LoraConfig(
+                r=self.config.rank, lora_alpha=self.config.lora_alpha, target_modules=list(TARGET_MODULES)
+            )
+            export.rehearse(self.teacher.pipe, self.output, lora, self._inputs(), **self._saving)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _saving(self) -> dict[str, Any]:
+        config = self.config
+        return {"recipe": config.recipe, "settings": dataclasses.asdict(config), "kohya": config.kohya}
 
     @torch.no_grad()
-    def _probe(self, folder: Path, styles: Styles) -> Probe:
-        """Write the LoRA's file, and compute a pass to compare it with."""
-        text, empty = self.teacher.encode_text([self.dataset.examples[0].text])
-        conditions = self.teacher.conditions(text, empty)
+    def _inputs(self) -> dict[str, Any]:
+        """The UNet's arguments for the pass by which a file is compared with what was trained."""
+        conditions = self.teacher.conditions(*self.teacher.encode_text([self.dataset.examples[0].text]))
         shape = (1, *self.teacher.latents_shape())
         z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.teacher.device)
         t = torch.tensor([999], device=z.device)
-        with self.student.attached(), self.student.one_step():
-            expected = self.student.target(z, t, conditions)
-        inputs = {"sample": z.to(self.teacher.unet.dtype), "timestep": t, **conditions.alone()}
-        return Probe(self._export(folder, styles), inputs, expected)
+        return {"sample": z.to(self.teacher.unet.dtype), "timestep": t, **conditions.alone()}
 
     def _export(self, folder: Path, styles: Styles) -> Path:
         if self.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            state = self.student.state(styles)
-            alpha = None if styles else self.config.lora_alpha
-            export.save(state, folder, self.config, alpha, self.config.recipe)
+            alpha, state = self.config.lora_alpha, self.student.state()
+            for source, weight in styles:
+                state = export.merge_factors(state, alpha, self.teacher.unet, source, weight)
+            export.save(state, folder, alpha=alpha, **self._saving)
         return folder / WEIGHT_NAME
 
-    def check(self, probe: Probe | None) -> None:
+    def check(self, probe: Probe) -> None:
         """Load the file the way its users will; to be called without the styles.
 
         Raises:
             LcmLoraError: it does not load, or gives another pass than what was trained.
         """
-        if probe is not None and self.accelerator.is_main_process:
-            export.check(self.teacher.pipe, probe.file, probe.inputs, probe.expected)
-            if probe.file.parent != self.output:
-                probe.file.unlink()
-                probe.file.parent.rmdir()
+        if self.accelerator.is_main_process:
+            with torch.random.fork_rng():  # loaders draw weights before they set them
+                export.check(self.teacher.pipe, *probe)
         self.accelerator.wait_for_everyone()
 
     def _finish(self, styles: Styles) -> Probe:
@@ -206,7 +220,10 @@ class _Run:
         if self.ema:
             self.ema.copy_to(self.params)
         self.accelerator.wait_for_everyone()
-        probe = self._probe(self.output, styles)
+        inputs = self._inputs()
+        with torch.no_grad(), self.student.attached(), self.student.one_step():
+            expected = self.student.pass_of(inputs)
+        probe = Probe(self._export(self.output, styles), inputs, expected)
         if self.accelerator.is_main_process:
             told = {
                 "file": probe.file.name,

@@ -8,7 +8,7 @@ merged pass costs one product of small matrices a layer, the other two more laye
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..layers import layer_shape, lcm_layers
-from ..lora.merge import FileLora
 from .config import DistillConfig
 from .draws import seed_of
 from .teacher import Conditions, Teacher
@@ -118,6 +117,13 @@ class Student:
             self._now = self.weights()
         return self.teacher.predict(z, t, conditions.alone(), self._now)
 
+    def pass_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The UNet's output for arguments by name, in its own dtype."""
+        sample, timestep = inputs["sample"], inputs["timestep"]
+        rest = {name: value for name, value in inputs.items() if name not in ("sample", "timestep")}
+        weights = self.weights() if self.merged else None
+        return self.teacher.predict(sample, timestep, rest, weights).to(sample.dtype)
+
     def guided(self, z: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """The teacher's guided prediction: the same UNet without the LoRA."""
         self._adds = False
@@ -128,33 +134,10 @@ class Student:
 
     # -- as a file ----------------------------------------------------------------------------------------------------
 
-    def state(self, styles: Sequence[tuple[FileLora, float]] = ()) -> dict[str, torch.Tensor]:
-        """The factors by diffusers' names, with those of styles beside them: the ranks add up, nothing is lost.
-
-        Without styles, B @ A counts with alpha / rank. With styles each layer's B has its scale in it already, and
-        counts with 1: alpha is each layer's rank.
-        """
-        own = {
-            name: (up.detach().float().cpu(), down.detach().float().cpu())
-            for name, up, down in zip(self.layers, self.up, self.down, strict=True)
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copies of the factors as PEFT spells them: `layer.lora_A.weight`, `layer.lora_B.weight`."""
+        return {
+            f"{name}.lora_{half}.weight": factor.detach().clone()
+            for name, down, up in zip(self.layers, self.down, self.up, strict=True)
+            for half, factor in (("A", down), ("B", up))
         }
-        if not styles:
-            return _named(own)
-        stacked = {name: (self.scale * up, down) for name, (up, down) in own.items()}
-        layers = dict(self.teacher.unet.named_modules())
-        for lora, weight in styles:
-            with lora.opened() as read:
-                for name in sorted(lora.layers):
-                    scale, up, down = read(name)
-                    out, *rest = layer_shape(layers[name])
-                    rank = len(down)
-                    pair = (weight * scale * up.view(out, rank, *[1] * (len(rest) - 1)), down.view(rank, *rest))
-                    stacked[name] = tuple(  # type: ignore[assignment]
-                        torch.cat([a, b], dim=dim) for dim, a, b in zip((1, 0), stacked[name], pair, strict=True)
-                    ) if name in stacked else pair  # fmt: skip
-        return _named(stacked)
-
-
-def _named(factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    halves = ((f"{n}.lora_A.weight", f"{n}.lora_B.weight", up, down) for n, (up, down) in factors.items())
-    return {key: half for a, b, up, down in halves for key, half in ((a, down), (b, up))}

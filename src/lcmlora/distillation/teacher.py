@@ -17,7 +17,7 @@ from ..errors import PipelineError, brief
 from ..layers import ModuleIndex, unet_of
 from ..lora.merge import FileLora, merge
 from ..lora.originals import Originals
-from ..lora.sources import HubOptions
+from ..lora.sources import Given, HubOptions
 from ..pocket import load_pocket
 from ..state import is_accelerated
 from ..transition.plan import style_loras
@@ -208,7 +208,7 @@ def borrowed(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def styled(pipe: Any, styles: Mapping[str, Any]) -> Iterator[list[tuple[FileLora, float]]]:
+def styled(pipe: Any, styles: Mapping[str, Any]) -> Iterator[list[tuple[Given, float]]]:
     """The teacher with style LoRAs merged into its UNet; the exact weights are back afterwards.
 
     Args:
@@ -216,7 +216,7 @@ def styled(pipe: Any, styles: Mapping[str, Any]) -> Iterator[list[tuple[FileLora
         styles: name -> a LoRA's source or `Style`.
 
     Yields:
-        Each style's LoRA and weight: what has to go into the distilled file beside the student.
+        Each style's source and weight: what has to go into the distilled file beside the student.
 
     Raises:
         PipelineError, LoraFileError, LoraMismatchError: a style can't be had, does not fit, or is no plain LoRA of
@@ -226,6 +226,7 @@ def styled(pipe: Any, styles: Mapping[str, Any]) -> Iterator[list[tuple[FileLora
         raise PipelineError(f"styles={brief(styles)}: a dict of names and sources is expected.")
     found: dict[str, FileLora] = {}
     weights: dict[str, float] = {}
+    sources: list[tuple[Given, float]] = []
     snapshot = Snapshot.of(pipe) if styles else None
     for name, given in styles.items():
         style = Style.of(given)
@@ -240,13 +241,14 @@ def styled(pipe: Any, styles: Mapping[str, Any]) -> Iterator[list[tuple[FileLora
         if why := loras["unet"].why_not_mergeable:
             raise PipelineError(f"style {name!r} can't be distilled: {why}.")
         found[name], weights[name] = loras["unet"], float(style.weight)
+        sources.append((loras["unet"].file.path or style.source, float(style.weight)))
     originals = Originals("memory")
     try:
         if snapshot is not None:
             layers = ModuleIndex.of(pipe.unet).layers
             touched = {name: layers[name] for lora in found.values() for name in lora.layers}
             merge(touched, found, weights, originals)
-        yield [(found[name], weights[name]) for name in found]
+        yield sources
     finally:
         originals.put_all_back()
 
