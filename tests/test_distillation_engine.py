@@ -94,8 +94,9 @@ def in_a_fork(function):
 
 
 def test_killed_while_a_checkpoint_is_written(tmp_path):
-    """Half a checkpoint is lost, and the one before it counts."""
-    whole_run = run(PROMPTS, tmp_path / "whole", objective="paths", checkpoint_every=1)
+    """Half a checkpoint is lost, and the one before it counts; here it is the last of a first stage."""
+    settings = {"objective": "paths", "then": "lcm", "then_steps": 2, "schedule": "cosine", "checkpoint_every": 1}
+    whole_run = run(PROMPTS, tmp_path / "whole", **settings)
     save, written = torch.save, itertools.count(1)
 
     def killed(state, file):
@@ -106,11 +107,11 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
 
     def child():
         torch.save = killed
-        run(PROMPTS, tmp_path / "cut", objective="paths", checkpoint_every=1)
+        run(PROMPTS, tmp_path / "cut", **settings)
 
     assert in_a_fork(child) == 9
     assert checkpoint.load(tmp_path / "cut")["step"] == 2
-    assert_equal_files(whole_run, run(PROMPTS, tmp_path / "cut", objective="paths", checkpoint_every=1))
+    assert_equal_files(whole_run, run(PROMPTS, tmp_path / "cut", **settings))
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path):
@@ -251,6 +252,19 @@ def test_a_second_run_computes_nothing_anew(pictures, tmp_path):
     assert_equal_files(*(tmp_path / name / "pytorch_lora_weights.safetensors" for name in "ab"))
     run(pictures, tmp_path / "c", sd_pipe(1), **settings)  # another teacher has entries of its own
     assert len(list((tmp_path / "cache").iterdir())) == 6
+
+
+def test_pictures_of_every_shape_in_several_views(tmp_path):
+    found = [
+        (Image.new("RGB", size, "teal"), text)
+        for size, text in zip(((16, 32), (40, 16), (16, 16)), PROMPTS[:3], strict=True)
+    ]
+    settings = {"buckets": True, "views": 2, "random_flip": True, "batch_size": 3, "resolution": 16}
+    run(found, tmp_path, sdxl_pipe(), **settings)
+    (folder,) = (tmp_path / "cache").glob("latents-*")
+    entries = [tensor for shard in folder.iterdir() for key, tensor in load_file(shard).items() if key.endswith("/z")]
+    assert len(entries) == 2 * 3
+    assert len({entry.shape for entry in entries}) == 3
 
 
 class Alone:

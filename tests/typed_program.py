@@ -62,6 +62,8 @@ def sheets(pipe: Pipeline) -> lcmlora.Sheet:
 
 def own_lora(data: Path) -> Path:
     teacher = lcmlora.load_pocket("chalk")
+    config, styles = lcmlora.DistillConfig.preset("paths", rank=8), {"3d": lcmlora.Style("3d")}
+    lcmlora.distill("pocket", ["a fox"], "out", config, styles=styles, validation_prompts=["a fox"])
     file = lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))
     small: lcmlora.ResizedLora = lcmlora.resize_lora(file, 4, "small.safetensors")
     assert small.kept >= small.least[1]

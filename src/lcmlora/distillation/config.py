@@ -14,7 +14,7 @@ def _set(default: Any, help: str, *, free: bool = False) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "free": free})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """Settings of `distill`. The defaults are those of the LCM-LoRA report where it gives them.
 

@@ -23,20 +23,37 @@ def whole(file: Path) -> Iterator[Path]:
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}{PARTIAL}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
-    except Exception as error:
-        if reason := _disk(error, file):
-            raise LcmLoraError(f"{file} can't be written: {reason}. What stood there before is whole.") from error
-        raise
+        with _said(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
+            partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _disk(error: BaseException, file: Path) -> str | None:
+def append(file: Path, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        LcmLoraError: the disk is full, or can't be written to.
+    """
+    with _said(file), file.open("a", encoding="utf-8") as text:
+        text.write(line + "\n")
+
+
+@contextmanager
+def _said(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if reason := _disk(error):
+            raise LcmLoraError(f"{file} can't be written: {reason}. What stood there before is whole.") from error
+        raise
+
+
+def _disk(error: Exception) -> str | None:
     """What the disk has against it; None where the error is another's. torch and safetensors hide the system's own."""
     if isinstance(error, OSError):
         return "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +29,7 @@ from .card import write_card
 from .config import DistillConfig
 from .data import Dataset, read
 from .draws import Draws
-from .files import whole
+from .files import append, whole
 from .objectives import OBJECTIVES, Objective
 from .process import accelerating, interruptible
 from .student import Student
@@ -138,6 +138,7 @@ class _Run:
         self.params = self.student.parameters
         self.optimizer = accelerator.prepare(optimizer.make(self.params, config))
         self.ema = EMAModel(self.params, decay=config.ema) if config.ema else None
+        self.inputs = self._inputs()
         self.step, self.total, self.count, self.seconds = 0, 0.0, 0, 0.0
         self.loss: float | None = None
         self.best: dict[str, Any] | None = None
@@ -178,7 +179,7 @@ class _Run:
             lora = LoraConfig(
                 r=self.config.rank, lora_alpha=self.config.lora_alpha, target_modules=list(TARGET_MODULES)
             )
-            export.rehearse(self.teacher.pipe, self.output, lora, self._inputs(), **self._saving)
+            export.rehearse(self.teacher.pipe, self.output, lora, self.inputs, **self._saving)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -220,10 +221,9 @@ class _Run:
         if self.ema:
             self.ema.copy_to(self.params)
         self.accelerator.wait_for_everyone()
-        inputs = self._inputs()
         with torch.no_grad(), self.student.attached(), self.student.one_step():
-            expected = self.student.pass_of(inputs)
-        probe = Probe(self._export(self.output, styles), inputs, expected)
+            expected = self.student.pass_of(self.inputs)
+        probe = Probe(self._export(self.output, styles), self.inputs, expected)
         if self.accelerator.is_main_process:
             told = {
                 "file": probe.file.name,
@@ -244,7 +244,11 @@ class _Run:
     def _peak_memory(self) -> int:
         if self.teacher.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -261,6 +265,8 @@ class _Run:
         self.validator = None
         if config.validate_every and self.step < config.steps:
             self.validator = Validator(self.batches, prompts, config, self.output)
+        if config.cache:
+            self.teacher.rest_encoders()
         self._began = time.monotonic() - self.seconds
         with ExitStack() as stack:
             self._asked = stack.enter_context(interruptible())
@@ -373,8 +379,7 @@ class _Run:
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (self.output / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": self.step, **row}) + "\n")
+            append(self.output / LOG, json.dumps({"step": self.step, **row}))
         numbers = {f"rel/{k}": v for k, v in row.pop("rel", {}).items()}
         self.accelerator.log({**row, **numbers}, step=self.step)
 

@@ -107,7 +107,10 @@ def load(source: Any, dtype: str = "auto") -> Any:
             f"teacher {str(source)!r} could not be loaded: {reason} Expected is a pipeline, its folder, a repository "
             "id, a checkpoint file, or 'pocket'."
         ) from error
-    return pipe.to(dtype=wanted)  # transformers may keep the file's own
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and getattr(part, "dtype", wanted) != wanted:
+            part.to(wanted)  # transformers may keep the file's own
+    return pipe
 
 
 def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
@@ -204,7 +207,8 @@ def borrowed(pipe: Any) -> Iterator[None]:
         for parameter, grad in grads:
             parameter.requires_grad_(grad)
         for part, device in devices:
-            part.to(device)
+            if next(part.parameters()).device != device:
+                part.to(device)
 
 
 @contextmanager
@@ -293,6 +297,13 @@ class Teacher:
         if len(encoded) == 4:  # SDXL
             return Text(encoded[0], encoded[2]), Text(encoded[1][:1], encoded[3][:1])
         return Text(encoded[0], None), Text(encoded[1][:1], None)
+
+    def rest_encoders(self) -> None:
+        """Make room on an accelerator: all texts are encoded."""
+        for name in ("text_encoder", "text_encoder_2"):
+            encoder = getattr(self.pipe, name, None)
+            if encoder is not None and self.device.type != "cpu":
+                encoder.to("cpu")
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
