@@ -156,6 +156,17 @@ def test_prompts_alone_are_read(form, folder):
     assert not found.pictures
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_text_may_hold_any_character(name, folder):
+    text = 'ein "Fuchs", \u2028 rot\x0b\x85 und\nzwei'
+    if name.endswith("csv"):
+        write_table(folder / name, [{"file_name": "0.png", "text": text}])
+    else:
+        line = json.dumps({"file_name": "0.png", "text": text}, ensure_ascii=False)
+        (folder / name).write_text(line + "\r\n", encoding="utf-8", newline="")
+    assert [one.text for one in read(folder).examples] == [text]
+
+
 def test_columns_may_have_any_name(folder):
     table = hf(folder, de=["ein Fuchs", "zwei Eulen"]).rename_column("image", "Bild")
     found = read(table, text_column="de", image_column="Bild")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import LCMScheduler, TCDScheduler
+from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
@@ -214,6 +214,12 @@ def test_a_file_that_diffusers_can_t_read_is_told_of(tmp_path, monkeypatch):
     with pytest.raises(lcmlora.LcmLoraError, match="does not load with plain diffusers: "):
         export.rehearse(pipe, tmp_path, LORA, inputs_for(pipe))
     assert_same(before, snapshot(pipe))
+
+
+def test_a_teacher_that_predicts_v_is_no_cause_to_warn(tmp_path):
+    pipe = sd_pipe()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    export.rehearse(pipe, tmp_path, LORA, inputs_for(pipe))
 
 
 def test_a_folder_that_can_t_be_written_to_is_told_of(tmp_path):

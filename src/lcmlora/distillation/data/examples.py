@@ -43,6 +43,23 @@ class Member:
         return f"{self.file}: {self.name}"
 
 
+def encoded(cell: Any) -> bytes:
+    """The file of a picture as `datasets.Image(decode=False)` gives it: {"bytes": ..., "path": ...}, one of them None.
+    The path may be one on the hub.
+
+    Raises:
+        ValueError: there is none. OSError: it can't be read.
+    """
+    if not cell:
+        raise ValueError("no picture is given")
+    if cell["bytes"] is None:
+        import fsspec  # datasets depends on it
+
+        with fsspec.open(cell["path"], "rb") as file:
+            return bytes(file.read())
+    return bytes(cell["bytes"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A picture in a row of a `datasets.Dataset`, which is cast so that it gives encoded pictures."""
@@ -53,10 +70,7 @@ class Row:
 
     def read(self) -> bytes:
         """The encoded picture."""
-        cell = self.dataset[self.index][self.column]  # {"bytes": ..., "path": ...}, one of them None
-        if not cell:
-            raise ValueError("no picture is given")
-        return cell["bytes"] or Path(cell["path"]).read_bytes()
+        return encoded(self.dataset[self.index][self.column])
 
     def __str__(self) -> str:
         return f"row {self.index}"

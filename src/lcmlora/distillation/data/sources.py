@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import tarfile
@@ -15,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from ...errors import DataError, brief
-from .examples import Dataset, Encoded, Example, Member, Row, Skipped, look_at_all
+from .examples import Dataset, Encoded, Example, Member, Row, Skipped, encoded, look_at_all
 
 PICTURES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """How files that are taken for pictures end."""
@@ -158,7 +159,7 @@ def _text_of(file: Path) -> str:
 
 
 def _find_prompts(file: Path, _: _Columns) -> Found:
-    return (Example(line.strip()) for line in _text_of(file).splitlines() if line.strip())
+    return (Example(line.strip()) for line in _text_of(file).split("\n") if line.strip())
 
 
 def _find_table(file: Path, columns: _Columns) -> Found:
@@ -169,7 +170,7 @@ def _find_table(file: Path, columns: _Columns) -> Found:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text_of(file).splitlines(), start=1):
+    for number, line in enumerate(_text_of(file).split("\n"), start=1):  # a text may hold other ends of lines
         if not line.strip():
             continue
         try:
@@ -183,7 +184,7 @@ def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    table = csv.DictReader(_text_of(file).splitlines(keepends=True))
+    table = csv.DictReader(io.StringIO(_text_of(file), newline=""))
     try:
         for row in table:
             if None in row or None in row.values():
@@ -292,8 +293,8 @@ def _find_hf(source: Any, columns: _Columns) -> Found:
         yield from (_of_row(row, f"row {number}", columns) for number, row in enumerate(source))
         return
     text, image = columns.of(source.features, "the data set")
-    encoded = image is not None and isinstance(source.features[image], datasets.Image)
-    if image is not None and encoded:  # a tenth of the memory of decoded ones
+    is_encoded = image is not None and isinstance(source.features[image], datasets.Image)
+    if image is not None and is_encoded:  # a tenth of the memory of decoded ones
         source = source.cast_column(image, datasets.Image(decode=False))
         if isinstance(source, datasets.Dataset):  # and these need not be in memory at all
             texts = source.select_columns([text])[:][text]
@@ -304,7 +305,14 @@ def _find_hf(source: Any, columns: _Columns) -> Found:
         cell = row[image] if image else None
         if image is None:
             yield Example(_text(row[text], where))
-        elif encoded and cell:
-            yield Example(_text(row[text], where), Encoded(cell["bytes"] or Path(cell["path"]).read_bytes(), where))
+        elif is_encoded:
+            yield _streamed(_text(row[text], where), cell, where)
         else:
             yield _example(row[text], cell, where)
+
+
+def _streamed(text: str, cell: Any, where: str) -> Example | Skipped:
+    try:
+        return Example(text, Encoded(encoded(cell), where))
+    except (OSError, ValueError) as error:
+        return Skipped(where, str(error))
