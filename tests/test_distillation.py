@@ -175,6 +175,9 @@ def test_a_path_follows_the_teacher(v):
             )
         assert (path[:, -1] - z).norm() < 0.1 * z.norm()
         assert path.shape[1] == len(grid)
+        t, before = torch.tensor([grid[-2]] * 2), path[:, -2]
+        end = solver.noisy(*solver.split(teacher.guided(before, t, conditions), before, t), torch.tensor([0]))
+        torch.testing.assert_close(path[:, -1], end, rtol=1e-3, atol=1e-3)
 
 
 def test_paths_learns_only_what_samplers_ask_for():

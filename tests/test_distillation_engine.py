@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ from safetensors.torch import load_file, save_file
 import lcmlora
 from conftest import PIPES, sd_pipe, sdxl_pipe, tiny_unet
 from distilling import CONFIG, PROMPTS, students
-from lcmlora.distillation import DistillConfig, checkpoint, distill, export, loop
+from lcmlora.distillation import DistillConfig, cache, checkpoint, distill, export, loop
 from lcmlora.distillation.cache import Store, digest
 from lcmlora.distillation.draws import Draws
 from lcmlora.distillation.files import whole
 from lcmlora.distillation.objectives import OBJECTIVES, Batch
+from lcmlora.distillation.validation import Validation
 
 
 @pytest.fixture(autouse=True)
@@ -303,6 +305,20 @@ def test_half_written_shards_are_never_read(tmp_path, caplog):
     assert made == []
 
 
+def test_a_shard_is_whole_when_it_gets_its_name(tmp_path):
+    def killed(tensors, file, metadata):
+        file.write_bytes(b"half")
+        os._exit(9)
+
+    def child():
+        cache.save_file = killed
+        store = Store(tmp_path, "things", ["maker"], 1.0)
+        store.fill(["a"], lambda places: [{"x": torch.zeros(3)}], batch=1, accelerator=Alone(), progress=False)
+
+    assert in_a_fork(child) == 9
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_what_was_computed_before_an_interruption_is_kept(tmp_path):
     keys = [str(i) for i in range(6)]
 
@@ -353,6 +369,10 @@ def test_sheets_numbers_and_the_best(tmp_path):
     assert result["best"]["sheet"] == f"step-{best:06d}.png"
     assert lcmlora.inspect_lora(tmp_path / "best").ranks == lcmlora.inspect_lora(file).ranks
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["objective"] == "paths"
+
+
+def test_the_best_is_best_in_some_steps():
+    assert Validation(Path("x.png"), {1: 9.0, 2: 1.0, 4: 2.0, 8: 3.0}).score == 2.0
 
 
 def test_a_student_that_draws_as_its_teacher_is_at_no_distance(tmp_path):

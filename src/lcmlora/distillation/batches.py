@@ -58,8 +58,8 @@ class Batches:
         self._texts = self._store("texts", *text)
         self._latents = self._store("latents", pipe.vae)
         self._paths = self._store(
-            "paths", *text, teacher.unet, teacher.solver.alphas_cumprod, teacher.solver.prediction_type, config.w,
-            teacher.latents_shape(), self.grid,
+            "paths", paths.SOLVER, self.grid, *text, teacher.unet, teacher.solver.alphas_cumprod,
+            teacher.solver.prediction_type, config.w, teacher.latents_shape(),
         )  # fmt: skip
         self._empty = teacher.encode_text([""])[1]
 

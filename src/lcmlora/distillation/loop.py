@@ -91,12 +91,12 @@ def distill(
     config, output = config or DistillConfig(), Path(output)
     if isinstance(validation_prompts, str):
         raise DataError(f"validation_prompts={validation_prompts!r}: a list of prompts is expected.")
-    dataset = read(data, strict=strict, progress=progress)
+    if output.exists() and not output.is_dir():
+        raise DataError(f"output {str(output)!r} is a file; a folder is expected.")
     pipe = load(teacher, config.dtype)
     judge(pipe)
     solver_of(pipe, config)
-    if output.exists() and not output.is_dir():
-        raise DataError(f"output {str(output)!r} is a file; a folder is expected.")
+    dataset = read(data, strict=strict, progress=progress)
     prompts = list(validation_prompts or dict.fromkeys(one.text for one in dataset.examples))
     if validation_prompts is None:
         prompts = prompts[:PROMPTS]
@@ -212,7 +212,8 @@ class _Run:
             LcmLoraError: it does not load, or gives another pass than what was trained.
         """
         if self.accelerator.is_main_process:
-            with torch.random.fork_rng():  # loaders draw weights before they set them
+            device = self.teacher.device  # loaders draw weights before they set them
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 export.check(self.teacher.pipe, *probe)
         self.accelerator.wait_for_everyone()
 
