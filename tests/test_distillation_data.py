@@ -269,6 +269,7 @@ REFUSED = {
     "no tar": (line("any.tar", b"x" * 600), "any.tar can't be read as an uncompressed tar file"),
     "bad json in a tar": (lambda f: write_tar(f / "a.tar", {"a.png": b"", "a.json": b"{"}), r"a.tar: a.json: "),
     "no text in a tar": (lambda f: write_tar(f / "a.tar", {"a.png": b"", "a.json": b"3"}), "a.tar: a"),
+    "a broken data set": (line("state.json", "{}"), "can't be read as a saved data set"),
     "splits": (lambda f: datasets.DatasetDict(a=hf(f), b=hf(f)), "the splits 'a', 'b': pass one of them"),
 }
 

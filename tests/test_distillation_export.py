@@ -359,8 +359,10 @@ def test_what_goes_to_the_hub(made, monkeypatch):
 
 
 def test_a_refusal_of_the_hub_is_one_sentence(made, tmp_path):
+    before = card_of(made)
     with pytest.raises(lcmlora.LcmLoraError, match="can't be uploaded to 'me/fox': ") as refused:
         push_to_hub(made, "me/fox")
+    assert (made / "README.md").read_text(encoding="utf-8") == before
     assert "\n" not in str(refused.value)
     with pytest.raises(lcmlora.LcmLoraError, match="can't be uploaded to 'not a name': "):
         push_to_hub(made, "not a name")

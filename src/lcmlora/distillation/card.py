@@ -132,11 +132,11 @@ def push_to_hub(
     if not (Path(folder) / WEIGHT_NAME).is_file():
         raise LcmLoraError(f"{folder} holds no {WEIGHT_NAME}; give the output folder of distill.")
     card, name = Path(folder) / CARD, Path(folder).resolve().name
-    if card.is_file() and _MARK in (text := card.read_text(encoding="utf-8")):
-        write_text(card, text.replace(f'"{name}"', f'"{repo_id}"'))
     try:
         api = huggingface_hub.HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if card.is_file() and _MARK in (text := card.read_text(encoding="utf-8")):
+            write_text(card, text.replace(f'"{name}"', f'"{repository}"'))
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,

@@ -133,7 +133,7 @@ def _find_folder(folder: Path, columns: _Columns) -> Found:
         if (folder / name).is_file():
             return _find_table(folder / name, columns)
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _find_hf(_datasets().load_from_disk(str(folder)), columns)
+        return _find_hf(_saved(folder), columns)
     if shards := sorted(folder.glob("*.tar")):
         return _find_shards(shards, columns)
     return _find_sidecars(folder)
@@ -281,6 +281,15 @@ def _datasets() -> Any:
     except ImportError as error:
         raise DataError("this folder was saved by `datasets`: pip install 'lcmlora[data]'") from error
     return datasets
+
+
+def _saved(folder: Path) -> Any:
+    try:
+        return _datasets().load_from_disk(str(folder))
+    except DataError:
+        raise
+    except Exception as error:  # datasets and pyarrow raise many kinds
+        raise DataError(f"{folder} can't be read as a saved data set: {' '.join(str(error).split())}") from error
 
 
 def _find_hf(source: Any, columns: _Columns) -> Found:
