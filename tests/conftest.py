@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
@@ -9,9 +10,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 
 from lcmlora import testing
 from lcmlora.testing import text_config as text_config
@@ -62,6 +65,20 @@ def lcm_file(tmp_path: Path) -> Callable[..., Path]:
         return write_lora(tmp_path / name, pipe.unet, **options)
 
     return write
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of five small captioned pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
 
 
 def snapshot(pipe: StableDiffusionPipeline) -> dict[str, object]:

@@ -182,8 +182,13 @@ def test_distill_takes_its_settings_from_the_config(shell, monkeypatch, tmp_path
     assert json.loads(shown.stdout) == {"file": "file"}
     ((teacher, data, output, config), more) = seen[0]
     assert type(teacher).__name__ == "StableDiffusionPipeline"
-    assert (data, output, more) == (Path("data"), Path("out"), {"progress": False})
+    assert (data, output, more) == (Path("data"), Path("out"), {"progress": False, "strict": False, "styles": {}})
     assert config == lcmlora.DistillConfig(rank=8, random_flip=True, learning_rate=1e-3)
+    Path("prompts.txt").write_text("a fox")
+    shown = shell("distill pocket --prompts prompts.txt out --style ink={at}/ink.safetensors:0.5 --strict")
+    ((_, data, output, _), more) = seen[1]
+    assert (data.name, output, more["strict"]) == ("prompts.txt", Path("out"), True)
+    assert more["styles"]["ink"].weight == 0.5
     refused = shell("distill {pipe} data out --rank 0")
     assert (refused.exit_code, "--rank 0: at least 1" in refused.stderr) == (1, True)
 
@@ -225,7 +230,7 @@ def test_wrong_usage_is_exit_code_2(what, shell, model):
         ("generate x -m {at}", "no model_index.json"),
         ("generate x -m {at}/none.safetensors", "there is no file"),
         ("generate x -m {at}/teal.png", "is no checkpoint"),
-        ("generate x -m {lcm}", "can't be loaded"),
+        ("generate x -m {lcm}", "no checkpoint of a whole model"),
         ("generate x -m pocket:pastel", "'pocket' or 'pocket:chalk'"),
         ("generate x -m {pipe}", "structure of no known base. Pass --lora"),
         ("generate x -m {pipe} --lora {lcm} --recipe lmc", "--recipe 'lmc' is not known"),

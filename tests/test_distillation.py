@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
-from PIL import Image
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lcmlora
-from conftest import PIPES, assert_same, sd_pipe, snapshot, write_lora
-from lcmlora.distillation.data import Turns, read_folder
-from lcmlora.distillation.loop import _Run
-from lcmlora.distillation.solver import Solver, boundary_scalings, pseudo_huber
+from conftest import PIPES, assert_same, sd_pipe, sdxl_pipe, snapshot, tiny_unet, write_lora
+from distilling import CONFIG, PROMPTS, peft_unet, students
+from lcmlora.distillation import DistillConfig, distill, paths
+from lcmlora.distillation.draws import Draws
+from lcmlora.distillation.objectives import OBJECTIVES, Batch
+from lcmlora.distillation.presets import PRESETS
+from lcmlora.distillation.solver import Solver, boundary_scalings, few_steps, pseudo_huber, visited
+from lcmlora.distillation.teacher import load
 from lcmlora.layers import lcm_layers
-
-CONFIG = {"rank": 4, "steps": 4, "batch_size": 2, "learning_rate": 1e-2, "checkpoint_every": 2, "log_every": 2}
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(5):
-        Image.fromarray(rng.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
 
 
 @pytest.fixture
@@ -88,13 +78,186 @@ def test_huber_is_square_near_zero_and_absolute_far_away():
     assert float(pseudo_huber(zero + 10, zero, 1e-3)) == pytest.approx(10, rel=1e-3)
 
 
+# -- the objectives ---------------------------------------------------------------------------------------------------
+
+
+def official_step(unet, alphas, z_0, eps, index, text, uncond, extra, uncond_extra, w, v):
+    """One step of latent consistency distillation as the papers write it: equations 9, 13 and 14, algorithm 1.
+
+    Timesteps are the DDIM solver's: t_n+k = 20 (n + 1) - 1, t_n = 20 before, the first 0.
+    """
+    t = (index + 1) * 20 - 1
+    s = torch.where(index == 0, 0, t - 20)
+    shape = (-1, 1, 1, 1)
+    a_t, b_t = alphas[t].sqrt().view(shape), (1 - alphas[t]).sqrt().view(shape)
+    a_s, b_s = alphas[s].sqrt().view(shape), (1 - alphas[s]).sqrt().view(shape)
+
+    def x_and_eps(out, z, a, b):
+        return (a * z - b * out, a * out + b * z) if v else ((z - b * out) / a, out)
+
+    def f(out, z, time, a, b):
+        skip = (0.25 / ((10 * time) ** 2 + 0.25)).view(shape)
+        keep = (10 * time / ((10 * time) ** 2 + 0.25).sqrt()).view(shape)
+        return skip * z + keep * x_and_eps(out, z, a, b)[0]
+
+    def out(z, time, text, extra):
+        return unet(z.float(), time, text, added_cond_kwargs=extra).sample
+
+    z_t = a_t * z_0 + b_t * eps
+    student = f(out(z_t, t, text, extra), z_t, t.double(), a_t, b_t)
+    with torch.no_grad():
+        unet.disable_adapters()
+        cond, unc = out(z_t, t, text, extra), out(z_t, t, uncond, uncond_extra)
+        unet.enable_adapters()
+        x_c, e_c = x_and_eps(cond, z_t, a_t, b_t)
+        x_u, e_u = x_and_eps(unc, z_t, a_t, b_t)
+        z_s = a_s * (x_c + w * (x_c - x_u)) + b_s * (e_c + w * (e_c - e_u))
+        target = f(out(z_s, s, text, extra), z_s, s.double(), a_s, b_s)
+    return (((student - target) ** 2 + 0.001**2).sqrt() - 0.001).mean()
+
+
+@pytest.mark.parametrize("merged", ["on", "off"])
+@pytest.mark.parametrize(("kind", "v"), [("sd", False), ("sdxl", False), ("sd", True)])
+def test_lcm_is_the_official_step(kind, v, merged):
+    pipe = PIPES[kind]()
+    if v:
+        pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    z_0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    with students(pipe, merged=merged, alpha=2.0, w=3.0) as student:
+        conditions = student.teacher.conditions(*student.teacher.encode_text(PROMPTS[:3]))
+        loss = OBJECTIVES["lcm"](DistillConfig())(student, Batch(conditions, z_0), Draws(7, [0, 1, 9]))
+        grads = torch.autograd.grad(loss, student.parameters)
+        unet = peft_unet(pipe.unet, student)
+        names = list(student.layers)
+    draws = Draws(7, [0, 1, 9])
+    index, eps = draws.below(50), draws.normal(z_0)
+    extra = dict(conditions.alone().get("added_cond_kwargs", {}))
+    uncond_extra = {**extra, "text_embeds": conditions.empty.pooled.expand(3, -1)} if extra else {}
+    official = official_step(
+        unet, pipe.scheduler.alphas_cumprod.double(), z_0, eps, index, conditions.text.embeds,
+        conditions.empty.embeds.expand_as(conditions.text.embeds), extra, uncond_extra, 3.0, v,
+    )  # fmt: skip
+    official.backward()
+    assert float(loss) == pytest.approx(float(official), rel=1e-5)
+    theirs = [unet.get_submodule(name).lora_A["x"].weight.grad for name in names]
+    theirs += [unet.get_submodule(name).lora_B["x"].weight.grad for name in names]
+    for ours, their in zip(grads, theirs, strict=True):
+        assert (ours - their).norm() <= 1e-4 * their.norm()
+
+
+def test_few_steps_are_the_samplers():
+    scheduler = TCDScheduler()
+    for steps in range(1, 9):
+        scheduler.set_timesteps(steps)
+        assert few_steps(steps) == scheduler.timesteps.tolist()
+    assert set(visited()) < set(paths.grid().tolist())
+    assert paths.grid()[0] == 999
+    assert paths.grid()[-1] == 0
+
+
+@pytest.mark.parametrize("v", [False, True])
+def test_a_path_follows_the_teacher(v):
+    """It ends where many more steps of DDIM do."""
+    pipe = sd_pipe()
+    if v:
+        pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    with students(pipe, w=1.0) as student:
+        teacher, solver = student.teacher, student.teacher.solver
+        conditions = teacher.conditions(*teacher.encode_text(PROMPTS[:2]))
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        path, grid = paths.draw(teacher, noise, conditions), paths.grid()
+        assert torch.equal(path[:, 0], noise)
+        z = noise
+        for t in range(999, 0, -9):
+            z = solver.noisy(
+                *solver.split(teacher.guided(z, torch.tensor([t] * 2), conditions), z, torch.tensor([t])),
+                torch.tensor([t - 9]),
+            )
+        assert (path[:, -1] - z).norm() < 0.1 * z.norm()
+        assert path.shape[1] == len(grid)
+        t, before = torch.tensor([grid[-2]] * 2), path[:, -2]
+        end = solver.noisy(*solver.split(teacher.guided(before, t, conditions), before, t), torch.tensor([0]))
+        torch.testing.assert_close(path[:, -1], end, rtol=1e-3, atol=1e-3)
+
+
+def test_paths_learns_only_what_samplers_ask_for():
+    objective, grid = OBJECTIVES["paths"](DistillConfig()), paths.grid()
+    batch = Batch(None, torch.zeros(400, 1), torch.zeros(400, len(grid), 1), grid)
+    i, j = objective.choose(batch, Draws(0, range(400)))
+    t, s = grid[i], grid[j]
+    assert bool((s < t).all())
+    assert set(s.tolist()) <= {*visited(), 0}
+    assert set(t.tolist()) == set(grid.tolist()) - {0}
+    assert (t == 999).float().mean() > 0.1  # every schedule's first step
+
+
+def test_schedule_reaches_what_lies_below_and_near():
+    with students(sd_pipe(), objective="schedule", points="paths") as student:
+        grid, seen = paths.grid(), []
+        noisy = Solver.noisy
+
+        def watch(self, z_0, eps, timesteps):
+            seen.append(timesteps)
+            return noisy(self, z_0, eps, timesteps)
+
+        path = torch.randn(40, len(grid), 4, 8, 8)
+        conditions = student.teacher.conditions(*student.teacher.encode_text(["x"] * 40))
+        draws = Draws(0, range(40))
+        s = grid[Draws(0, range(40)).below(len(grid) - 1) + 1]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Solver, "noisy", watch)
+            loss = OBJECTIVES["schedule"](DistillConfig(points="paths"))(
+                student, Batch(conditions, path[:, -1], path, grid), draws
+            )
+    assert torch.equal(*seen)
+    assert bool(((seen[0] <= s) & (seen[0] >= s - 260)).all())
+    assert loss > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "lcm"},
+        {"objective": "lcm", "points": "paths"},
+        {"objective": "schedule"},
+        {"objective": "paths", "loss": "sample"},
+    ],
+)
+def test_each_objective_lowers_its_loss(settings):
+    """Thirty steps on one batch with the same noise."""
+    with students(sd_pipe(), **settings) as student:
+        for up in student.up:
+            up.data.zero_()
+        teacher, config = student.teacher, DistillConfig(**settings)
+        conditions = teacher.conditions(*teacher.encode_text(PROMPTS))
+        path = paths.draw(teacher, torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), conditions)
+        batch = Batch(conditions, path[:, -1], path, paths.grid())
+        optimizer = torch.optim.AdamW(student.parameters, lr=1e-2)
+        losses = []
+        for _ in range(30):
+            with student.one_step():
+                loss = OBJECTIVES[config.objective](config)(student, batch, Draws(0, range(4)))
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_huber_of_samples_is_that_of_elements_where_all_are_alike():
+    one, zero = torch.full((2, 3, 4, 4), 0.3), torch.zeros(2, 3, 4, 4)
+    assert float(pseudo_huber(one, zero, 1e-3, "sample")) == pytest.approx(float(pseudo_huber(one, zero, 1e-3)))
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("kind", PIPES)
 def test_distil_makes_a_lora_that_accelerate_takes(kind, pictures, tmp_path):
     pipe = PIPES[kind]()
     before = snapshot(pipe)
-    file = lcmlora.distill(
-        pipe, pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG, alpha=2.0, ema=0.5), progress=False
-    )
+    config = DistillConfig(**{**CONFIG, "validate_every": 2}, alpha=2.0, ema=0.5)
+    file = distill(pipe, pictures, tmp_path / "out", config, progress=False)
     assert_same(before, snapshot(pipe))
     info = lcmlora.inspect_lora(file)
     assert (len(info.modules), info.ranks, info.alphas) == (len(lcm_layers(pipe.unet)), (4,), (2.0,))
@@ -102,131 +265,132 @@ def test_distil_makes_a_lora_that_accelerate_takes(kind, pictures, tmp_path):
     lcmlora.accelerate(pipe, lora=tmp_path / "out")
     assert lcmlora.status(pipe).fused
     rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
 
 
 def test_plain_diffusers_loads_it_at_the_same_strength(pictures, tmp_path):
     pipe = sd_pipe()
-    lcmlora.distill(pipe, pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG, alpha=2.0), progress=False)
+    distill(pipe, pictures, tmp_path / "out", DistillConfig(**CONFIG, alpha=2.0), progress=False)
     pipe.load_lora_weights(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors", adapter_name="lcm")
     assert {module.scaling["lcm"] for module in pipe.unet.modules() if hasattr(module, "scaling")} == {0.5}
 
 
-def test_resumed_equals_uninterrupted(pictures, tmp_path):
-    whole = lcmlora.distill(
-        sd_pipe(), pictures, tmp_path / "whole", lcmlora.DistillConfig(**CONFIG, ema=0.5), progress=False
-    )
-    halves = tmp_path / "halves"
-    lcmlora.distill(
-        sd_pipe(), pictures, halves, lcmlora.DistillConfig(**{**CONFIG, "steps": 2}, ema=0.5), progress=False
-    )
-    resumed = lcmlora.distill(sd_pipe(), pictures, halves, lcmlora.DistillConfig(**CONFIG, ema=0.5), progress=False)
-    one, other = load_file(whole), load_file(resumed)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_prompts_alone_are_enough(preset, tmp_path):
+    pipe = PIPES["sdxl" if preset == "paths" else "sd"]()
+    changes = {"then_steps": 2} if preset == "paths-lcm" else {}
+    config = DistillConfig.preset(preset, **{**CONFIG, **changes})
+    file = distill(pipe, PROMPTS, tmp_path, config, progress=False)
+    scheduler = "LCMScheduler" if preset.endswith("lcm") else "TCDScheduler"
+    assert type(lcmlora.accelerate(pipe, lora=file).scheduler).__name__ == scheduler
 
 
-def test_gradients_are_clipped(pictures, tmp_path, monkeypatch):
-    norms = []
-    step = torch.optim.AdamW.step
-
-    def record(self, *args, **kwargs):
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        norms.append(float(torch.nn.utils.get_total_norm(grads)))
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    config = lcmlora.DistillConfig(**{**CONFIG, "max_grad_norm": 1e-4})
-    lcmlora.distill(sd_pipe(), pictures, tmp_path / "out", config, progress=False)
-    assert norms == pytest.approx([1e-4] * 4, rel=1e-3)
-
-
-def test_teacher_passes_are_one_batch_with_the_adapter_off(pictures, tmp_path):
+def test_styles_and_few_steps_in_one_file(tmp_path):
+    """With a student that has learned nothing the file alone draws what the style draws."""
     pipe = sd_pipe()
-    passes = []
-    attention = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
+    style = write_lora(tmp_path / "ink.safetensors", pipe.unet, only=lambda name: "attn" in name or "conv" in name)
+    before = snapshot(pipe)
+    file = distill(
+        pipe, PROMPTS, tmp_path / "out", DistillConfig(**{**CONFIG, "learning_rate": 1e-12}), progress=False,
+        styles={"ink": lcmlora.Style(style, 0.5)},
+    )  # fmt: skip
+    assert_same(before, snapshot(pipe))
+    assert lcmlora.inspect_lora(file).ranks == (4, 8)
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor(9), torch.randn(1, 5, 32))
+    with torch.no_grad(), lcmlora.accelerated(pipe, lora=file, fuse=False):
+        ours = pipe.unet(*inputs).sample
+    with torch.no_grad():
+        bare = pipe.unet(*inputs).sample
+        pipe.load_lora_weights(str(tmp_path), weight_name=style.name, adapter_name="ink")
+        pipe.set_adapters("ink", 0.5)
+        theirs = pipe.unet(*inputs).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert (theirs - bare).norm() > 10 * (ours - theirs).norm()
 
-    def record(module, args):
-        adapter_off = getattr(attention.to_q, "disable_adapters", None)
-        if args:  # the check at the end passes keywords
-            passes.append((args[0].shape[0], adapter_off, torch.is_grad_enabled()))
 
-    hook = pipe.unet.register_forward_pre_hook(record)
-    lcmlora.distill(pipe, pictures, tmp_path / "out", lcmlora.DistillConfig(**{**CONFIG, "steps": 1}), progress=False)
-    hook.remove()
-    assert passes == [(2, False, True), (4, True, False), (2, False, False)]
-
-
-def test_loss_falls_on_one_batch(pictures, tmp_path):
-    """A hundred steps on the same pictures and noise: the student learns the teacher's trajectory."""
+def test_a_style_with_text_layers_is_refused(tmp_path):
     pipe = sd_pipe()
-    from lcmlora.distillation.data import Pictures, collate
-    from lcmlora.distillation.loop import _borrowed
-
-    with _borrowed(pipe):
-        run = _Run(pipe, lcmlora.DistillConfig(**{**CONFIG, "batch_size": 5}), tmp_path, False)
-        source = Pictures(read_folder(pictures), 16, False, 0)
-        batch = collate([source[(i, 0)] for i in range(5)])
-        losses = [run._train(batch, 0) for _ in range(40)]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    style = write_lora(tmp_path / "ink.safetensors", pipe, text=True)
+    with pytest.raises(lcmlora.PipelineError, match="style 'ink' covers text_encoder and unet"):
+        distill(pipe, PROMPTS, tmp_path / "out", DistillConfig(**CONFIG), styles={"ink": style}, progress=False)
 
 
-def test_every_example_is_seen_once_an_epoch_by_all_processes_together():
-    turns = [list(Turns(10, 2, seed=1, first=0, last=5, process=p, processes=2)) for p in (0, 1)]
-    seen = [index for step in zip(*turns, strict=True) for part in step for index, _ in part]
-    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
-    assert seen[:10] != seen[10:20]
-    assert list(Turns(10, 2, 1, 3, 5)) == list(Turns(10, 2, 1, 0, 5))[3:]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_teachers(dtype, pictures, tmp_path):
+    pipe = sdxl_pipe().to(dtype=dtype)
+    file = distill(pipe, pictures, tmp_path / "pipe", DistillConfig(**CONFIG), progress=False)
+    assert lcmlora.inspect_lora(file).ranks == (4,)
+    assert pipe.unet.dtype == dtype
+    assert json.loads((tmp_path / "pipe/result.json").read_text())["steps"] == 4
 
 
-def test_bad_data_is_refused_with_the_line(pictures, tmp_path):
-    cases = {
-        "no metadata": (None, "no metadata.jsonl"),
-        "not json": ("{", "line 1"),
-        "no text": ('{"file_name": "0.png"}', "line 1"),
-        "no picture": ('{"file_name": "9.png", "text": "x"}', "9.png is not there"),
-        "empty": ("\n", "names no picture"),
-    }
-    for text, words in cases.values():
-        if text is None:
-            (tmp_path / "empty").mkdir()
-            folder = tmp_path / "empty"
-        else:
-            folder = pictures
-            (pictures / "metadata.jsonl").write_text(text)
-        with pytest.raises(lcmlora.DataError, match=words):
-            read_folder(folder)
+def test_teachers_from_disk(tmp_path):
+    """A folder that has half-precision files only, and a whole file; in the dtype that was asked for."""
+    sd_pipe().to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    for dtype, wanted in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        pipe = load(tmp_path / "half", dtype)
+        assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {wanted}
+    assert load("pocket").unet.dtype == torch.float32
+
+
+def test_teachers_that_cannot_be_are_refused(tmp_path):
+    with_lora = sd_pipe()
+    write_lora(tmp_path / "s.safetensors", with_lora.unet)
+    with_lora.load_lora_weights(str(tmp_path), weight_name="s.safetensors")
+    fast = sd_pipe()
+    lcmlora.accelerate(fast, lora=tmp_path / "s.safetensors")
+    flow = sd_pipe()
+    flow.scheduler = FlowMatchEulerDiscreteScheduler()
+    sample = sd_pipe()
+    sample.scheduler.register_to_config(prediction_type="sample")
+    inpaint = sd_pipe(unet=tiny_unet(in_channels=9))
+    cases = [
+        (with_lora, "unload_lora_weights"),
+        (fast, "lcmlora.restore"),
+        (flow, "has no alphas_cumprod"),
+        (sample, "predicts 'sample'"),
+        (inpaint, "takes 9 channels where latents have 4"),
+        (object(), "a Stable Diffusion or SDXL pipeline is expected"),
+        (tmp_path / "s.safetensors", "no checkpoint of a whole model"),
+        (tmp_path / "nowhere", "there is no model"),
+    ]
+    for teacher, words in cases:
+        with pytest.raises(lcmlora.PipelineError, match=words):
+            distill(teacher, PROMPTS, tmp_path / "out", progress=False)
+    with pytest.raises(lcmlora.PipelineError, match=r"pipe\.to"):
+        distill(sd_pipe(), PROMPTS, tmp_path / "out", DistillConfig(dtype="float16"), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("rank", 0), ("steps", 0), ("ema", 1.0), ("learning_rate", 0.0), ("schedule", "linear")]
-)
+    ("name", "value"),
+    [
+        ("rank", 0), ("rank", 2.5), ("steps", 0), ("ema", 1.0), ("learning_rate", 0.0), ("schedule", "linear"),
+        ("objective", "magic"), ("w", float("nan")), ("then", "lcm"), ("cache", 1), ("resolution", 4),
+    ],
+)  # fmt: skip
 def test_bad_settings_are_refused_by_name(name, value):
     with pytest.raises(lcmlora.DataError, match=f"{name}="):
-        lcmlora.DistillConfig(**{name: value})
+        DistillConfig(**{name: value})
 
 
-def test_a_teacher_with_loras_is_refused(pictures, tmp_path):
-    pipe = sd_pipe()
-    style = write_lora(tmp_path / "s.safetensors", pipe.unet)
-    pipe.load_lora_weights(str(tmp_path), weight_name=style.name)
-    with pytest.raises(lcmlora.PipelineError, match="unload_lora_weights"):
-        lcmlora.distill(pipe, pictures, tmp_path / "out", progress=False)
-
-
-def test_nan_stops_the_run_and_gives_the_pipe_back(pictures, tmp_path):
-    pipe = sd_pipe()
-    with torch.no_grad():
-        pipe.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(lcmlora.LcmLoraError, match="the loss is nan at step 0"):
-        lcmlora.distill(pipe, pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG), progress=False)
-    assert not lcmlora.layers.ModuleIndex.of(pipe.unet).wrappers
+def test_settings_need_no_torch_and_explain_themselves():
+    code = "import sys; from lcmlora.distillation.config import DistillConfig; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    for field in dataclasses.fields(DistillConfig):
+        assert field.metadata["help"] in DistillConfig.__doc__
+    with pytest.raises(lcmlora.DataError, match="'paths-lcm'"):
+        DistillConfig.preset("best")
+    with pytest.raises(lcmlora.DataError, match="speed: DistillConfig has no such setting"):
+        DistillConfig.preset("lcm", speed=3)
+    assert DistillConfig.preset("lcm") == DistillConfig()
 
 
 def test_the_file_says_how_it_was_made(pictures, tmp_path):
-    file = lcmlora.distill(
-        sd_pipe(), pictures, tmp_path / "out", lcmlora.DistillConfig(**CONFIG, w=3.0), progress=False
-    )
+    file = distill(sd_pipe(), pictures, tmp_path / "out", DistillConfig(**CONFIG, w=3.0), progress=False)
     with safe_open(file, "pt") as opened:
         assert json.loads(opened.metadata()["lcmlora"])["w"] == 3.0
         assert opened.metadata()["lcmlora_recipe"] == "lcm"

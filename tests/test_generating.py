@@ -378,7 +378,7 @@ def test_a_disk_that_is_full_ends_the_run_in_a_sentence(pipe, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match=r"No space left on device\. What is done is kept"):
+    with pytest.raises(DataError, match=r"the disk is full\. What is done is kept"):
         generate(pipe, ["a fox", "an owl"], tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["0001-0.png"]
 

@@ -26,7 +26,7 @@ PACKAGE = Path(lcmlora.__file__).parent
 SIGNATURES = Path(__file__).with_name("signatures.txt")
 RANKS = (
     ("errors",),
-    ("warn", "compat", "pages"),
+    ("warn", "compat", "writing", "pages"),
     ("devices", "progress"),
     ("layers",),
     ("base", "lora"),
@@ -36,8 +36,8 @@ RANKS = (
     ("calling", "moving"),
     ("acceleration", "state"),
     ("pictures",),
-    ("sheets", "baking", "pocket", "testing", "distillation"),
-    ("benchmarking", "loading"),
+    ("sheets", "baking", "pocket", "loading", "testing", "distillation"),
+    ("benchmarking",),
     ("generating",),
     ("demo",),
     ("cli", "__main__"),

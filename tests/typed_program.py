@@ -85,7 +85,12 @@ def many(pipe: Pipeline, rows: list[dict[str, Any]], out: Path) -> list[Path]:
 
 def own_lora(data: Path) -> Path:
     teacher = lcmlora.load_pocket("chalk")
-    return lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))
+    config, styles = lcmlora.DistillConfig.preset("paths", rank=8), {"3d": lcmlora.Style("3d")}
+    lcmlora.distill("pocket", ["a fox"], "out", config, styles=styles, validation_prompts=["a fox"])
+    file = lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))
+    small: lcmlora.ResizedLora = lcmlora.resize_lora(file, 4, "small.safetensors")
+    assert small.kept >= small.least[1]
+    return small.file
 
 
 def refusals(pipe: Pipeline) -> str:

@@ -28,6 +28,7 @@ _HOME = {
     "LoraSource": "recipe",
     "PipelineError": "errors",
     "Recipe": "recipe",
+    "ResizedLora": "distillation.resize",
     "Sheet": "sheets",
     "Status": "state",
     "Style": "transition.target",
@@ -47,6 +48,7 @@ _HOME = {
     "load_pocket": "pocket",
     "recipes": "recipe",
     "register": "recipe",
+    "resize_lora": "distillation.resize",
     "restore": "acceleration",
     "set_styles": "acceleration",
     "status": "state",
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
     from .benchmarking import benchmark as benchmark
     from .distillation import DistillConfig as DistillConfig
     from .distillation import distill as distill
+    from .distillation.resize import ResizedLora as ResizedLora
+    from .distillation.resize import resize_lora as resize_lora
     from .errors import BaseModelError as BaseModelError
     from .errors import CallError as CallError
     from .errors import DataError as DataError

@@ -209,3 +209,18 @@ def version_of(tensor: torch.Tensor) -> int:
 def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
     """What `set_progress_bar_config` was told; None where it was never called."""
     return getattr(pipe, _BARS, None)
+
+
+def accelerate_in_use() -> bool:
+    """Whether somebody has made an `accelerate.Accelerator` in this process: its settings are global."""
+    from accelerate.state import AcceleratorState
+
+    return bool(AcceleratorState._shared_state)
+
+
+def forget_accelerate() -> None:
+    """Let the next `accelerate.Accelerator` of this process have settings of its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()

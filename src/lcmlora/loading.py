@@ -111,7 +111,19 @@ def _loaded(model: str, dtype: torch.dtype, config: str | None, options: Mapping
             f"there is no model {model!r}: a pipeline's folder, a repository id like 'owner/name', a .safetensors or "
             ".ckpt checkpoint, 'pocket' or 'pocket:chalk' is expected."
         )
-    return DiffusionPipeline.from_pretrained(str(path) if path.is_dir() else model, dtype=dtype, **options)
+    return _from_pretrained(str(path) if path.is_dir() else model, dtype, options)
+
+
+def _from_pretrained(model: str, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    try:
+        return DiffusionPipeline.from_pretrained(model, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        if options.get("variant"):
+            raise
+        try:  # there may be half-precision files alone, which bear a variant's name
+            return DiffusionPipeline.from_pretrained(model, dtype=dtype, **{**options, "variant": "fp16"})
+        except (OSError, ValueError):
+            raise error from None
 
 
 def _from_checkpoint(path: Path, dtype: torch.dtype, config: str | None, options: Mapping[str, Any]) -> Any:
@@ -119,7 +131,10 @@ def _from_checkpoint(path: Path, dtype: torch.dtype, config: str | None, options
         raise PipelineError(f"there is no file {path}.")
     if path.suffix.lower() not in _CHECKPOINTS:
         raise PipelineError(f"{path} is no checkpoint: a .safetensors or .ckpt file is expected.")
-    kind = infer_diffusers_model_type(_shapes(path))
+    shapes = _shapes(path)
+    if not any("diffusion_model." in key for key in shapes):
+        raise PipelineError(f"{path} is no checkpoint of a whole model; is it a LoRA, or a part of one?")
+    kind = infer_diffusers_model_type(shapes)
     if kind not in _CLASSES:
         raise PipelineError(f"{path} is a checkpoint of kind {kind!r}: Stable Diffusion or SDXL is expected.")
     options = {**options, **({"config": config} if config else {})}

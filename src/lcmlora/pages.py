@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import DataError
+from .writing import whole
 
 if TYPE_CHECKING:
     import jinja2
@@ -76,15 +74,8 @@ def write(path: str | Path, content: str | bytes) -> Path:
         DataError: it can't be written there.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, sync=False) as partial:
         partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise DataError(f"{path} can't be written: {error.strerror or error}.") from error
     return path
 
 

@@ -189,7 +189,7 @@ class Speed:
         names = ("recipe", "base", "lora", "weight_name", "weight", "vae", "fuse")
         said = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.style:
-            said["styles"] = self.styles()
+            said["styles"] = sources(self.style)
         if not self.guidance_limit:
             said["guidance"] = None
         if self.diffusers_steps:
@@ -197,16 +197,6 @@ class Speed:
         if said and not self.accelerate:
             raise click.UsageError(f"--no-accelerate leaves nothing for {_option(next(iter(said)))} to do.")
         return said
-
-    def styles(self) -> dict[str, Any]:
-        """The styles by name."""
-        from ..generating.reading import style_of
-        from ..transition.target import Style
-
-        found = dict(style_of(text, Path.cwd()) for text in self.style)
-        if odd := [name for name, style in found.items() if not isinstance(style, Style)]:
-            raise click.UsageError(f"--style {odd[0]}: a source is expected, such as {odd[0]}=ink.safetensors:0.8.")
-        return found
 
     def apply(self, pipe: Any, local_files_only: bool) -> Any:
         """The pipe, accelerated where that was asked for and it is not yet."""
@@ -217,6 +207,17 @@ class Speed:
         if self.accelerate and (said or not is_accelerated(pipe)):
             accelerate(pipe, **said, local_files_only=local_files_only)
         return pipe
+
+
+def sources(texts: tuple[str, ...]) -> dict[str, Any]:
+    """The styles of `--style`, by name."""
+    from ..generating.reading import style_of
+    from ..transition.target import Style
+
+    found = dict(style_of(text, Path.cwd()) for text in texts)
+    if odd := [name for name, style in found.items() if not isinstance(style, Style)]:
+        raise click.UsageError(f"--style {odd[0]}: a source is expected, such as {odd[0]}=ink.safetensors:0.8.")
+    return found
 
 
 def _option(name: str) -> str:

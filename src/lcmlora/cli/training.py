@@ -9,7 +9,7 @@ from typing import Any, cast, get_args, get_type_hints
 import click
 
 from .group import Say, command
-from .options import FOLDER, THERE
+from .options import THERE, sources
 
 
 def _settings(holder: Any) -> Any:
@@ -60,34 +60,58 @@ class _Late(click.Command):
 
 @command(cls=_Late)
 @click.argument("teacher")
-@click.argument("data", type=click.Path(exists=True, path_type=Path))
-@click.argument("output", type=FOLDER)
+@click.argument("places", nargs=-1, required=True, metavar="[DATA] OUTPUT", type=click.Path(path_type=Path))
+@click.option("--prompts", type=THERE, help="In the place of DATA: a file of prompts, one a line.")
+@click.option("--style", multiple=True, help="A style to distil in, name=source or name=source:weight; several.")
+@click.option("--strict", is_flag=True, help="Refuse pictures that can't be used, instead of leaving them out.")
 @click.option("--validation-prompts", type=THERE, help="A file of prompts, one a line, for validation sheets.")
 def distill(
-    teacher: str, data: Path, output: Path, validation_prompts: Path | None, say: Say, **settings: Any
+    teacher: str,
+    places: tuple[Path, ...],
+    prompts: Path | None,
+    style: tuple[str, ...],
+    strict: bool,
+    validation_prompts: Path | None,
+    say: Say,
+    **settings: Any,
 ) -> None:
-    """Distil an LCM-LoRA from TEACHER (a pipeline's folder or repository id, or 'pocket') and DATA (pictures with
-    metadata.jsonl, or what else `lcmlora.distill` takes) into the folder OUTPUT.
+    """Distil an LCM-LoRA from TEACHER (a pipeline's folder, repository id or checkpoint, or 'pocket') and DATA
+    (pictures with metadata.jsonl, a file of prompts, or what else `lcmlora.distill` takes) into the folder OUTPUT.
 
     Run it again with the same OUTPUT to resume. For several processes: accelerate launch -m lcmlora distill ...
 
     \b
     lcmlora distill my-model pictures my-lora --rank 64 --steps 1000
+    lcmlora distill pocket --prompts prompts.txt my-lora --preset paths --steps 50
     """
+    data, output = _places(places, prompts)
     config = _config(settings)
     from ..distillation import distill as run
     from ..pictures import require_writable
 
     require_writable(output)
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"strict": strict, "styles": sources(style), "progress": not (say.quiet or say.as_json)}
     if validation_prompts is not None:
         lines = validation_prompts.read_text(encoding="utf-8").splitlines()
         more["validation_prompts"] = [line.strip() for line in lines if line.strip()]
     with say.loading(teacher):
         pipe = _teacher(teacher)
-    file = run(pipe, data, output, config, progress=not say.quiet, **more)
+    file = run(pipe, data, output, config, **more)
     say.tell(f"{file}: loads back, and accelerates its teacher with lcmlora.accelerate(pipe, lora={str(output)!r})")
+    say.tell(f"{output / 'report.html'}: what was learned, and what it cost")
     say.result(str(file), {"file": str(file)})
+
+
+def _places(places: tuple[Path, ...], prompts: Path | None) -> tuple[Path, Path]:
+    """The data and the folder to write to."""
+    if len(places) != (2 if prompts is None else 1):
+        raise click.UsageError("DATA and OUTPUT are expected after TEACHER; OUTPUT alone where --prompts is given.")
+    data = places[0] if prompts is None else prompts
+    if not data.exists():
+        raise click.UsageError(f"DATA: there is nothing at {str(data)!r}.")
+    if places[-1].is_file():
+        raise click.UsageError(f"OUTPUT: {str(places[-1])!r} is a file; a folder is expected.")
+    return data, places[-1]
 
 
 def _teacher(name: str) -> Any:

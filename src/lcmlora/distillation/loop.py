@@ -1,323 +1,438 @@
-"""The training loop: one UNet, teacher with its adapter off and student with it on."""
+"""The training: stages of steps, and what happens between them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import math
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..errors import DataError, LcmLoraError, PipelineError
-from ..layers import TARGET_MODULES, ModuleIndex, lcm_layers, unet_of
-from ..lora.adapters import Adapters
+from .. import compat, compiling
+from ..errors import DataError, LcmLoraError
+from ..layers import TARGET_MODULES
 from ..lora.files import WEIGHT_NAME
-from . import export
+from ..lora.sources import Given
+from ..writing import append, whole
+from . import checkpoint, export, optimizer
+from .batches import Batches, Step
+from .cache import digest
+from .card import write_card
+from .closing import closing_page
 from .config import DistillConfig
-from .data import Pictures, Turns, collate, read_folder
-from .solver import Solver, pseudo_huber
+from .data import Dataset, read
+from .draws import Draws
+from .objectives import OBJECTIVES, Objective
+from .process import accelerating, interruptible
+from .student import Student
+from .teacher import Teacher, borrowed, judge, load, solver_of, styled
+from .validation import PROMPTS, Validation, Validator
 
 logger = logging.getLogger(__name__)
+LOG, RESULT, BEST = "log.jsonl", "result.json", "best"
+Styles = Sequence[tuple[Given, float]]
+
+
+class Probe(NamedTuple):
+    """One pass of the UNet, by which a file is compared with what was trained."""
+
+    file: Path
+    inputs: dict[str, Any]
+    expected: torch.Tensor
 
 
 def distill(
-    teacher: Any, data: str | Path, output: str | Path, config: DistillConfig | None = None, *, progress: bool = True
+    teacher: Any,
+    data: Any,
+    output: str | Path,
+    config: DistillConfig | None = None,
+    *,
+    styles: Mapping[str, Any] | None = None,
+    validation_prompts: Sequence[str] | None = None,
+    strict: bool = False,
+    progress: bool = True,
 ) -> Path:
-    """Distil an LCM-LoRA from a pipeline and a folder of captioned pictures.
+    """Distil a few-step LoRA from a pipeline, with pictures and captions or with prompts alone.
 
-    The teacher's UNet serves as teacher (adapter off) and student (adapter on). It is given back as it was. At the end
-    the file is loaded through `accelerate` and compared with what was trained.
+    The teacher's UNet serves as teacher and, with the LoRA, as student. It is given back as it was. Before the first
+    step and at the end the file is loaded through `accelerate` and compared with what is trained.
 
     Args:
-        teacher: a Stable Diffusion or SDXL pipeline, or the folder or repository id of one.
-        data: folder with `metadata.jsonl`, one `{"file_name": ..., "text": ...}` a line.
-        output: folder for `pytorch_lora_weights.safetensors`, `log.jsonl` and checkpoints. A run of the same output
-            folder resumes from its newest checkpoint.
-        config: settings; the defaults are the LCM-LoRA report's.
-        progress: show a progress bar.
+        teacher: a Stable Diffusion or SDXL pipeline; its folder, repository id or checkpoint file; or "pocket".
+        data: pictures with captions, or prompts, in any form that `lcmlora.distillation.data.read` takes: a folder
+            with `metadata.jsonl`, a file of prompts, an iterable of prompts or of (picture, text), and others.
+        output: folder for `pytorch_lora_weights.safetensors`, `log.jsonl`, `settings.json`, `result.json`, validation
+            sheets, the cache and the checkpoint. A run of the same output folder goes on from its checkpoint.
+        config: settings; the defaults are the LCM-LoRA report's. `DistillConfig.preset` has others.
+        styles: name -> a style LoRA's source or `Style`: the teacher draws with them, and the file has style and few
+            steps together. Its rank is the sum of all.
+        validation_prompts: what validation sheets draw. None: the first few of the data's texts.
+        strict: refuse data with pictures that can't be used, instead of leaving those out.
+        progress: show progress bars.
 
     Returns:
         The LoRA's file.
 
     Raises:
-        DataError: the folder or a setting can't be trained on.
-        PipelineError: the teacher can't be distilled: no UNet, adapters loaded, an unknown prediction type.
-        LcmLoraError: the loss stopped being finite, or the file does not load back.
+        DataError: the data or a setting can't be trained on, or the output folder holds a run with other settings.
+        PipelineError: the teacher can't be loaded or distilled.
+        LoraFileError, LoraMismatchError: a style can't be had, or does not fit.
+        LcmLoraError: the loss stopped being finite, the disk is full, or the file does not load back.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
-    config = config or DistillConfig()
-    examples = read_folder(data)
-    pipe = DiffusionPipeline.from_pretrained(teacher) if isinstance(teacher, str | Path) else teacher
-    _check_teacher(pipe)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    with _borrowed(pipe):
-        return _Run(pipe, config, output, progress).run(examples)
+    config, output = config or DistillConfig(), Path(output)
+    if isinstance(validation_prompts, str):
+        raise DataError(f"validation_prompts={validation_prompts!r}: a list of prompts is expected.")
+    if output.exists() and not output.is_dir():
+        raise DataError(f"output {str(output)!r} is a file; a folder is expected.")
+    pipe = load(teacher, config.dtype)
+    judge(pipe)
+    solver_of(pipe, config)
+    dataset = read(data, strict=strict, progress=progress)
+    prompts = list(validation_prompts or dict.fromkeys(one.text for one in dataset.examples))
+    if validation_prompts is None:
+        prompts = prompts[:PROMPTS]
+    with accelerating(config, output) as accelerator, borrowed(pipe):
+        _to(pipe, accelerator.device)
+        run = _Run(pipe, dataset, config, output, accelerator, progress)
+        with styled(pipe, styles or {}):
+            run.begin()
+        run.rehearse()
+        with styled(pipe, styles or {}) as loras:
+            probe = run.train(loras, prompts)
+        run.check(probe)
+        if accelerator.is_main_process:
+            closing_page(output)
+            sheets = sorted(str(sheet.relative_to(output)) for sheet in output.glob("validation/*.png"))
+            base = (
+                str(teacher) if isinstance(teacher, str | Path) else compat.name_or_path(pipe) or type(pipe).__name__
+            )
+            write_card(probe.file, base=base, settings=dataclasses.asdict(config), pictures=sheets[-1:])
+        return probe.file
 
 
-def _check_teacher(pipe: Any) -> None:
-    unet = unet_of(pipe)
-    if unet is None or not all(hasattr(pipe, part) for part in ("vae", "scheduler", "encode_prompt")):
-        raise PipelineError(
-            f"{type(pipe).__name__} can't be a teacher: a Stable Diffusion or SDXL pipeline is expected."
-        )
-    if ModuleIndex.of(unet).wrappers:
-        raise PipelineError(
-            "the teacher has LoRAs loaded: unload_lora_weights() first (or fuse them, then unload, to distil the mix)."
-        )
-
-
-@contextmanager
-def _borrowed(pipe: Any) -> Iterator[None]:
-    """Give every component back with the modes, gradients and adapters it had."""
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    modes = [(module, module.training) for part in parts for module in part.modules()]
-    attributes = [(part, set(part.__dict__)) for part in parts]  # Accelerate marks what it prepares
-    grads = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
-    unet = unet_of(pipe)
-    assert unet is not None
-    adapters = Adapters(ModuleIndex.of(unet))
+def _to(pipe: Any, device: torch.device) -> None:
     try:
-        for part in parts:
-            part.eval()
-            part.requires_grad_(False)
-        yield
-    finally:
-        adapters.restore()
-        for module, mode in modes:
-            module.training = mode
-        for parameter, grad in grads:
-            parameter.requires_grad_(grad)
-        for part, names in attributes:
-            for name in set(part.__dict__) - names:
-                delattr(part, name)
+        pipe.to(device)
+    except ValueError as error:  # off-loaded, or spread over devices
+        raise LcmLoraError(f"the teacher can't be moved to {device}: {str(error).splitlines()[0]}") from error
 
 
 class _Run:
-    """One distillation. The names are the paper's: z latents, t timesteps, c conditions, w guidance, eps noise."""
+    """One distillation. The names are the paper's: z latents, t timesteps, w guidance, eps noise."""
 
-    def __init__(self, pipe: Any, config: DistillConfig, output: Path, progress: bool) -> None:
-        try:
-            from accelerate import Accelerator
-            from accelerate.utils import set_seed
-        except ImportError as error:
-            raise LcmLoraError("distill needs Hugging Face Accelerate: pip install 'lcmlora[train]'") from error
-        self.pipe, self.config, self.output = pipe, config, output
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation
-        )
-        self.device = self.accelerator.device
-        self.progress = progress and self.accelerator.is_local_main_process
-        schedule = pipe.scheduler
-        self.solver = Solver(
-            schedule.alphas_cumprod.clone(), schedule.config.get("prediction_type", "epsilon"), config.solver_steps
-        )
-        set_seed(config.seed)  # the adapter's first weights, the same in every process
-        self.lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=list(TARGET_MODULES))
-        pipe.to(self.device)
-        pipe.unet.add_adapter(self.lora, adapter_name=export.ADAPTER)
-        self.params = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
-        for parameter in self.params:  # a list: an iterator would be used up by the optimizer and nothing left to clip
-            parameter.data = parameter.data.float()
-        if len(self.params) != 2 * len(lcm_layers(pipe.unet)):
-            raise PipelineError(f"PEFT adapted {len(self.params) // 2} layers of {len(lcm_layers(pipe.unet))}.")
-        if config.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(self.params, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.unet, self.optimizer = self.accelerator.prepare(pipe.unet, optimizer)
+    def __init__(
+        self, pipe: Any, dataset: Dataset, config: DistillConfig, output: Path, accelerator: Any, progress: bool
+    ) -> None:
+        self.dataset, self.config, self.output, self.accelerator = dataset, config, output, accelerator
+        self.progress = progress and accelerator.is_local_main_process
+        self.teacher = Teacher(pipe, config, accelerator.device)
+        self.student = Student(self.teacher, config)
+        self.params = self.student.parameters
+        self.optimizer = accelerator.prepare(optimizer.make(self.params, config))
         self.ema = EMAModel(self.params, decay=config.ema) if config.ema else None
-        self.step = 0
+        self.inputs = self._inputs()
+        self.step, self.total, self.count, self.seconds = 0, 0.0, 0, 0.0
+        self.loss: float | None = None
+        self.best: dict[str, Any] | None = None
 
-    def run(self, examples: list[Any]) -> Path:
-        config = self.config
-        self._resume()
-        side = config.resolution or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
-        pictures = Pictures(examples, side, config.random_flip, config.seed)
-        accumulate = config.gradient_accumulation
-        turns = Turns(
-            len(examples), config.batch_size, config.seed, self.step * accumulate, config.steps * accumulate,
-            self.accelerator.process_index, self.accelerator.num_processes,
-        )  # fmt: skip
-        loader = DataLoader(pictures, batch_sampler=turns, collate_fn=collate, num_workers=config.workers)
-        began, total, batch = time.monotonic(), 0.0, None
-        bar = tqdm(total=config.steps, initial=self.step, desc="distilling", disable=not self.progress)
-        for micro, batch in enumerate(loader, start=self.step * accumulate):
-            with self.accelerator.accumulate(self.unet):
-                total += self._train(batch, micro) / accumulate
-            if (micro + 1) % accumulate:
-                continue
-            self.step += 1
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                loss = total / (self.step % config.log_every or config.log_every)
-                self._log(loss, time.monotonic() - began)
-                bar.set_postfix(loss=f"{loss:.4f}")
-                total = 0.0
-            bar.update()
-            if config.checkpoint_every and (self.step % config.checkpoint_every == 0 or self.step == config.steps):
-                self._save_checkpoint()
-        bar.close()
-        return self._finish(batch or collate([pictures[(0, 0)]]))
+    # -- begin and end ------------------------------------------------------------------------------------------------
 
-    def _train(self, batch: dict[str, Any], micro: int) -> float:
-        """One forward and backward pass; returns the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * _rate(self.step, self.config)
-        generator = torch.Generator().manual_seed(
-            (self.config.seed * 1_000_003 + micro) * 65_537 + self.accelerator.process_index
+    def begin(self) -> None:
+        """Note the settings, or go on from the checkpoint of a run that had the same.
+
+        Raises:
+            DataError: the output folder holds a run with other settings.
+        """
+        accelerator, config = self.accelerator, self.config
+        told = checkpoint.settings(
+            config,
+            teacher=digest(self.teacher.unet),  # with its styles
+            data=digest(self.dataset.pictures, [example.text for example in self.dataset.examples]),
+            examples_a_step=config.batch_size * config.gradient_accumulation * accelerator.num_processes,
         )
-        with self.accelerator.autocast():
-            loss = self._loss(batch, generator)
-        if not torch.isfinite(loss):
-            raise LcmLoraError(
-                f"the loss is {loss.item()} at step {self.step}: lower learning_rate, or mixed_precision='no'. "
-                f"The checkpoints in {self.output} are from before."
+        checkpoint.check_settings(self.output, told)
+        accelerator.wait_for_everyone()
+        state = checkpoint.load(self.output)
+        if accelerator.is_main_process:
+            checkpoint.write_settings(self.output, told)
+        if config.trackers:
+            flat = {k: v for k, v in told["settings"].items() if isinstance(v, int | float | str)}
+            accelerator.init_trackers("lcmlora", config=flat)
+        if state is not None:
+            self._resume(state)
+
+    def rehearse(self) -> None:
+        """Before the first step of all, see that a file of such a LoRA loads back; to be called without the styles.
+
+        Raises:
+            LcmLoraError: it does not.
+        """
+        if self.accelerator.is_main_process and not self.step:
+            lora = LoraConfig(
+                r=self.config.rank, lora_alpha=self.config.lora_alpha, target_modules=list(TARGET_MODULES)
             )
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.params, self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema and self.accelerator.sync_gradients:
-            self.ema.step(self.params)
-        return float(loss.detach())
+            export.rehearse(self.teacher.pipe, self.output, lora, self.inputs, **self._saving)
+        self.accelerator.wait_for_everyone()
 
-    def _loss(self, batch: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
-        """d(f(z_{t_n+k}, c, t_n+k), f(z^_{t_n}, c, t_n)), z^ by one guided DDIM step (paper, algorithm 1)."""
-        with torch.no_grad():
-            z_0 = self._encode(batch["pixels"])
-            conditions, both = self._conditions(batch)
-        index = torch.randint(self.config.solver_steps, (len(z_0),), generator=generator)
-        start, end = (t.to(self.device) for t in self.solver.timesteps(index))
-        eps = torch.randn(z_0.shape, generator=generator).to(z_0)
-        z_start = self.solver.noisy(z_0, eps, start)
-        student = self.solver.consistency(self._predict(z_start, start, conditions), z_start, start)
-        with torch.no_grad():
-            with self._adapter_off():
-                predicted = self._predict(z_start.repeat(2, 1, 1, 1), start.repeat(2), both)
-            conditional, unconditional = predicted.chunk(2)
-            guided = conditional + self.config.w * (conditional - unconditional)
-            z_end = self.solver.noisy(*self.solver.split(guided, z_start, start), end)
-            target = self.solver.consistency(self._predict(z_end, end, conditions), z_end, end)
-        return pseudo_huber(student, target, self.config.huber_c)
+    @property
+    def _saving(self) -> dict[str, Any]:
+        config = self.config
+        return {"recipe": config.recipe, "settings": dataclasses.asdict(config), "kohya": config.kohya}
 
-    def _predict(self, z: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, Any]) -> torch.Tensor:
-        """The UNet's output in float32; z comes in as float32 and enters in the UNet's dtype."""
-        dtype = self.pipe.unet.dtype
-        prediction: torch.Tensor = self.unet(z.to(dtype), timesteps, **conditions, return_dict=False)[0]
-        return prediction.float()
+    @torch.no_grad()
+    def _inputs(self) -> dict[str, Any]:
+        """The UNet's arguments for the pass by which a file is compared with what was trained."""
+        conditions = self.teacher.conditions(*self.teacher.encode_text([self.dataset.examples[0].text]))
+        shape = (1, *self.teacher.latents_shape())
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.teacher.device)
+        t = torch.tensor([999], device=z.device)
+        return {"sample": z.to(self.teacher.unet.dtype), "timestep": t, **conditions.alone()}
+
+    def _export(self, folder: Path, styles: Styles) -> Path:
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            alpha, state = self.config.lora_alpha, self.student.state()
+            for source, weight in styles:
+                state = export.merge_factors(state, alpha, self.teacher.unet, source, weight)
+            export.save(state, folder, alpha=alpha, **self._saving)
+        return folder / WEIGHT_NAME
+
+    def check(self, probe: Probe) -> None:
+        """Load the file the way its users will; to be called without the styles.
+
+        Raises:
+            LcmLoraError: it does not load, or gives another pass than what was trained.
+        """
+        if self.accelerator.is_main_process:
+            device = self.teacher.device  # loaders draw weights before they set them
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                export.check(self.teacher.pipe, *probe)
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self, styles: Styles) -> Probe:
+        """Write the file, and what it cost."""
+        if self.ema:
+            self.ema.copy_to(self.params)
+        self.accelerator.wait_for_everyone()
+        with torch.no_grad(), self.student.attached(), self.student.one_step():
+            expected = self.student.pass_of(self.inputs)
+        probe = Probe(self._export(self.output, styles), self.inputs, expected)
+        if self.accelerator.is_main_process:
+            told = {
+                "file": probe.file.name,
+                "steps": self.step,
+                "loss": self.loss,
+                "best": self.best,
+                "parameters": sum(parameter.numel() for parameter in self.params),
+                "seconds": round(self.seconds, 2),
+                "seconds_caching": round(self.batches.seconds, 2),
+                "peak_memory_mb": round(self._peak_memory() / 1e6),
+                "device": str(self.teacher.device),
+                "processes": self.accelerator.num_processes,
+            }
+            with whole(self.output / RESULT) as file:
+                file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        return probe
+
+    def _peak_memory(self) -> int:
+        if self.teacher.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(self, styles: Styles, prompts: Sequence[str]) -> Probe:
+        """All steps that are left.
+
+        Raises:
+            LcmLoraError: the loss is not finite, or the disk is full.
+            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        """
+        config, self.styles = self.config, styles
+        self.batches = Batches(self.teacher, self.dataset, config, self.output, self.accelerator, self.progress)
+        self.batches.prepare()
+        self.validator = None
+        if config.validate_every and self.step < config.steps:
+            self.validator = Validator(self.batches, prompts, config, self.output)
+        if config.cache:
+            self.teacher.rest_encoders()
+        self._began = time.monotonic() - self.seconds
+        with ExitStack() as stack:
+            self._asked = stack.enter_context(interruptible())
+            stack.enter_context(self.student.attached())
+            stack.enter_context(self._prepared_unet())
+            bar = tqdm(total=config.steps, initial=self.step, desc="distilling", disable=not self.progress)
+            stack.callback(bar.close)
+            for stage in config.stages:
+                objective = OBJECTIVES[stage[0]](config)
+                for step in self._steps(stage):
+                    told = self._micro(objective, step, stage)
+                    if self.accelerator.sync_gradients:
+                        self._between(told, bar)
+        return self._finish(styles)
+
+    def _steps(self, stage: tuple[str, int, int, float]) -> Iterator[Step]:
+        name, first, last, _ = stage
+        accumulate = self.config.gradient_accumulation
+        first = max(first, self.step)
+        return self.batches.of(name, first * accumulate, last * accumulate) if first < last else iter(())
 
     @contextmanager
-    def _adapter_off(self) -> Iterator[None]:
-        self.pipe.unet.disable_adapters()
+    def _prepared_unet(self) -> Iterator[None]:
+        unet = self.teacher.unet
+        if self.config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        blocks = compiling.regions(unet, True) if self.config.compile else []
         try:
+            for block in blocks:
+                block.compile()
             yield
         finally:
-            self.pipe.unet.enable_adapters()
+            for block in blocks:
+                compat.forget_compilation(block)
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Latents of the pictures, scaled, float32, shape (batch, channels, side / factor, side / factor)."""
-        vae = self.pipe.vae
-        encoded = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
-        return encoded.float() * vae.config.scaling_factor  # type: ignore[no-any-return]
+    def _micro(self, objective: Objective, step: Step, stage: tuple[str, int, int, float]) -> bool:
+        """One forward and backward pass. Returns whether some process was asked to stop."""
+        accelerator = self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = optimizer.rate(self.step, stage, self.config)
+        with accelerator.accumulate(), self.student.one_step():
+            with accelerator.autocast():
+                loss = objective(self.student, step.batch, Draws(self.config.seed, step.turns))
+            told = torch.stack([loss.detach().float(), loss.new_tensor(float(self._asked.is_set())).float()])
+            mean, asked = accelerator.reduce(told, "mean").tolist()
+            if mean - mean != 0:  # infinite or NaN, in all processes at once
+                raise LcmLoraError(
+                    f"the loss is {mean} at step {self.step}: lower learning_rate, or mixed_precision='no'. "
+                    f"The checkpoint in {self.output} is from before."
+                )
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                self._average_gradients()
+                accelerator.clip_grad_norm_(self.params, self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.total, self.count = self.total + mean, self.count + 1
+        return bool(asked)
 
-    def _conditions(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The UNet's text arguments for the batch, and for conditional and unconditional as one double batch."""
-        count = len(batch["text"])
-        encoded = self.pipe.encode_prompt(
-            batch["text"], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
-        text: dict[str, Any] = {"encoder_hidden_states": encoded[0]}
-        both: dict[str, Any] = {"encoder_hidden_states": torch.cat([encoded[0], encoded[1].expand_as(encoded[0])])}
-        if len(encoded) == 4:  # SDXL: pooled embeddings, and the picture's sizes
-            side = [self.config.resolution or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor] * 2
-            sizes = [
-                [*original, *corner, *side]
-                for original, corner in zip(batch["original_size"], batch["corner"], strict=True)
-            ]
-            time_ids = torch.tensor(sizes, device=self.device, dtype=encoded[0].dtype)
-            text["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": time_ids}
-            pooled = torch.cat([encoded[2], encoded[3].expand_as(encoded[2])])
-            both["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids.repeat(2, 1)}
-        assert encoded[0].shape[0] == count
-        return text, both
+    def _average_gradients(self) -> None:
+        """One mean over all processes, of one flat tensor: a LoRA's gradients are few."""
+        if self.accelerator.num_processes > 1:
+            grads = [parameter.grad for parameter in self.params if parameter.grad is not None]
+            flat = self.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+            for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(mean.view_as(grad))
 
-    def _log(self, loss: float, seconds: float) -> None:
+    def _between(self, asked: bool, bar: Any) -> None:
+        """After a step: the average, the log, a sheet, a checkpoint, the end."""
+        config = self.config
+        self.step += 1
+        self.seconds = time.monotonic() - self._began
+        if self.ema:
+            self.ema.step(self.params)
+        last = self.step == config.steps
+        if self.step % config.log_every == 0 or last:
+            self.loss, self.total, self.count = self.total / self.count, 0.0, 0
+            rate = self.optimizer.param_groups[0]["lr"]
+            self._log({"loss": self.loss, "lr": rate, "seconds": round(self.seconds, 2)})
+            bar.set_postfix(loss=f"{self.loss:.4f}")
+        bar.update()
+        if self.validator and (self.step % config.validate_every == 0 or last):
+            self._validate(self.validator)
+        if config.checkpoint_every and (self.step % config.checkpoint_every == 0 or last or asked):
+            self._save()
+        if asked and not last:
+            saved = (
+                f"the checkpoint in {self.output}" if config.checkpoint_every else "no checkpoint: checkpoint_every=0"
+            )
+            words = f"stopped at step {self.step} of {config.steps}; run the same again to go on from {saved}."
+            logger.warning("%s", words)
+            raise KeyboardInterrupt(words)
+
+    def _validate(self, validator: Validator) -> None:
+        """Draw a sheet; keep the LoRA if none was nearer to the teacher so far."""
         if self.accelerator.is_main_process:
-            row = {
-                "step": self.step,
-                "loss": loss,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "seconds": round(seconds, 2),
-            }
-            with (self.output / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(row) + "\n")
+            if self.ema:
+                self.ema.store(self.params)
+                self.ema.copy_to(self.params)
+            try:
+                made: Validation = validator(self.student, self.step)
+                self._log({"rel": {str(steps): round(rel, 4) for steps, rel in made.rel.items()}})
+                if self.best is None or made.score < self.best["rel"]:
+                    self.best = {"step": self.step, "rel": made.score, "sheet": made.sheet.name}
+                    self._export(self.output / BEST, self.styles)
+            finally:
+                if self.ema:
+                    self.ema.restore(self.params)
+        self.accelerator.wait_for_everyone()
 
-    def _save_checkpoint(self) -> None:
-        """What a run can't recompute: the LoRA, its average, the optimizer's state. The newest replaces the last."""
-        if not self.accelerator.is_main_process:
-            return
-        state = {
-            "step": self.step,
-            "params": [parameter.detach().cpu() for parameter in self.params],
-            "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-        }
-        partial_file = self.output / "checkpoint.pt.partial"
-        torch.save(state, partial_file)
-        partial_file.replace(self.output / "checkpoint.pt")
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            append(self.output / LOG, json.dumps({"step": self.step, **row}))
+        numbers = {f"rel/{k}": v for k, v in row.pop("rel", {}).items()}
+        self.accelerator.log({**row, **numbers}, step=self.step)
 
-    def _resume(self) -> None:
-        file = self.output / "checkpoint.pt"
-        if not file.exists():
-            return
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if [p.shape for p in state["params"]] != [p.shape for p in self.params]:
-            raise DataError(f"{file} is of another UNet or rank; give another output folder or delete it.")
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write what a run can't compute anew. All processes have the same, so the first one's is all of it."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            checkpoint.save(
+                self.output,
+                {
+                    "step": self.step,
+                    "params": [parameter.detach().cpu() for parameter in self.params],
+                    "ema": self.ema.state_dict() if self.ema else None,
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else None,
+                    "told": {"total": self.total, "count": self.count, "seconds": self.seconds, "loss": self.loss},
+                    "best": self.best,
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, state: dict[str, Any]) -> None:
         for parameter, value in zip(self.params, state["params"], strict=True):
             parameter.data.copy_(value)
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.device)
+            self.ema.to(self.teacher.device)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        logger.info("resumed %s at step %d", file, self.step)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.best = state["step"], state["best"]
+        for name, value in state["told"].items():
+            setattr(self, name, value)
+        self._forget_log()
+        logger.info("resumed %s at step %d", self.output, self.step)
 
-    def _finish(self, batch: dict[str, Any]) -> Path:
-        """Write the file, take the adapter out and load the file back through `accelerate`."""
-        self.accelerator.wait_for_everyone()
-        if self.ema:
-            self.ema.copy_to(self.params)
-        pipe = self.pipe
-        file = self.output / WEIGHT_NAME
-        with torch.no_grad():
-            text, _ = self._conditions(batch)
-            z = torch.randn(self._encode(batch["pixels"]).shape, generator=torch.Generator().manual_seed(0))
-            inputs = {"sample": z.to(pipe.device, pipe.unet.dtype), "timestep": torch.tensor(999), **text}
-            expected = pipe.unet(**inputs, return_dict=False)[0]
-        if self.accelerator.is_main_process:
-            export.save(pipe.unet, self.output, self.config, self.lora)
-        pipe.unet.delete_adapters(export.ADAPTER)
-        pipe.unet.unload_lora()
-        if self.accelerator.is_main_process:
-            export.check(pipe, file, inputs, expected)
-        self.accelerator.wait_for_everyone()
-        return file
+    def _forget_log(self) -> None:
+        """Take out of the log what came after the checkpoint: it will come again."""
+        log = self.output / LOG
+        if self.accelerator.is_main_process and log.is_file():
+            kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.step]
+            with whole(log) as file:
+                file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _rate(step: int, config: DistillConfig) -> float:
-    """The learning rate at a step, as a share of its peak."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+def _step_of(line: str) -> float:
+    """The step that a line of the log is of; a line cut short is of none, and beyond all."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

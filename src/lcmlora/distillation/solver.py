@@ -6,8 +6,11 @@ LCM: Luo et al. 2023, arXiv 2310.04378. A latent z_t = alpha_t z_0 + sigma_t eps
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
+from diffusers import LCMScheduler
 
 from ..errors import PipelineError
 
@@ -28,10 +31,37 @@ def expand(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-def pseudo_huber(prediction: torch.Tensor, target: torch.Tensor, c: float) -> torch.Tensor:
-    """Mean of sqrt(d^2 + c^2) - c, in float32."""
-    difference = prediction.float() - target.float()
-    return ((difference.square() + c**2).sqrt() - c).mean()
+def pseudo_huber(
+    prediction: torch.Tensor, target: torch.Tensor, c: float, per: Literal["element", "sample"] = "element"
+) -> torch.Tensor:
+    """Mean of sqrt(d^2 + c^2) - c, in float32.
+
+    Args:
+        prediction: (batch, ...).
+        target: the same shape.
+        c: below it errors count squared.
+        per: of which d: of each element, or of each sample the root of the elements' mean square (ECT, arXiv
+            2406.14548, has their sum, and a c that is larger by the same factor).
+    """
+    squares = (prediction.float() - target.float()).square()
+    if per == "sample":
+        squares = squares.flatten(1).mean(1)
+    return ((squares + c**2).sqrt() - c).mean()
+
+
+MOST_STEPS = 8
+
+
+def few_steps(steps: int) -> list[int]:
+    """The timesteps that LCMScheduler and TCDScheduler visit in so many steps, the noisiest first."""
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(steps)
+    return [int(t) for t in scheduler.timesteps]
+
+
+def visited(counts: Sequence[int] = range(1, MOST_STEPS + 1)) -> list[int]:
+    """Every timestep that schedules of these numbers of steps visit, the noisiest first."""
+    return sorted({t for count in counts for t in few_steps(count)}, reverse=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +97,12 @@ class Solver:
         """(t_{n+k}, t_n) of the solver's n-th interval, index in 0 .. solver_steps - 1; the first t_n is 0."""
         start = (index + 1) * self.skip - 1
         return start, (start - self.skip).clamp(min=0)
+
+    @property
+    def betas(self) -> Any:
+        """The schedule as diffusers' schedulers take it (`trained_betas`); alpha is never quite 0 there."""
+        alphas = self.alphas_cumprod.double().clamp(min=2**-24)
+        return (1 - alphas / torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])).numpy()
 
     def alpha_sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha_t and sigma_t, shaped to multiply latents `like`."""

@@ -1,0 +1,68 @@
+"""Writing files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import DataError
+
+
+@contextmanager
+def whole(file: Path, sync: bool = True) -> Iterator[Path]:
+    """A path to write to. What is there at the end takes the file's place at once; nothing does after an error.
+
+    Args:
+        file: where it shall be; the folders that it lies in are made.
+        sync: wait until the disk has it, so that it outlives a loss of power too.
+
+    Raises:
+        DataError: the disk is full, or can't be written to.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # nothing reads such files
+    try:
+        with _said(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            if sync:
+                with partial.open("rb+") as written:
+                    os.fsync(written.fileno())
+            partial.replace(file)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def append(file: Path, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        DataError: the disk is full, or can't be written to.
+    """
+    with _said(file), file.open("a", encoding="utf-8") as text:
+        text.write(line + "\n")
+
+
+@contextmanager
+def _said(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if reason := _disk(error):
+            raise DataError(f"{file} can't be written: {reason}.") from error
+        raise
+
+
+def _disk(error: Exception) -> str | None:
+    """What the disk has against it; None where the error is another's. torch and safetensors hide the system's own."""
+    if isinstance(error, OSError):
+        return "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)
+    words = str(error).lower()
+    if "no space left" in words or "file write failed" in words or "os error 28" in words:
+        return "the disk is full"
+    if "os error" in words or "enforce fail" in words:
+        return str(error).splitlines()[0]
+    return None
