@@ -20,6 +20,7 @@ from ..errors import CallError, PipelineError, brief
 from ..lora.sources import Given
 from ..parameters import refuse
 from ..progress import one_bar
+from ..recipe import by_name as recipe_of
 from ..state import is_accelerated, status
 from ..transition.records import pipe_record_of
 from ..warn import warn
@@ -357,7 +358,8 @@ def compare(
         columns[f"base, {_steps(count)}"] = {"accelerated": False, "steps": count, **guided}
     files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)
     for name, file in files.items():
-        columns[name] = {"recipe": name, **({} if file is None else {"lora": file})}
+        count = (accelerate or {}).get("steps", recipe_of(name).steps)
+        columns[f"{name}, {_steps(count)}"] = {"recipe": name, **({} if file is None else {"lora": file})}
     if not files:
         recipe = (accelerate or {}).get("recipe") or (status(pipe).recipe if is_accelerated(pipe) else None)
         kind = "LCM" if recipe in (None, "lcm") else recipe
