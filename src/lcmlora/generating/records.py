@@ -15,10 +15,11 @@ from .. import pictures
 from ..devices import device_of, hardware
 from ..layers import unet_of
 from ..lora.sources import Source
+from ..pictures import file_digest
 from ..transition.records import PipeRecord, pipe_record_of, stands_for
 from ..transition.snapshot import COMPONENTS
 from ..transition.target import Style, as_weight
-from .rows import Row, file_digest
+from .rows import Row
 
 FORMAT = 1
 _NOT_SEEN = ("steps", "guidance", "fuse", "compile")

@@ -18,12 +18,13 @@ from ..calls import plain
 from ..devices import device_of
 from ..errors import DataError, LoraFileError, PipelineError
 from ..lora.sources import LoraFile, Source
+from ..pictures import file_digest
 from ..state import is_accelerated
 from ..transition.target import Style, as_weight
 from ..warn import warn
 from .loop import drawn
 from .records import FORMAT, fingerprint, scheduler_of
-from .rows import Row, file_digest
+from .rows import Row
 
 
 def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
