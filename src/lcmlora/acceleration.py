@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -272,12 +272,11 @@ def accelerated(pipe: Any, *args: Any, **settings: Any) -> Iterator[Any]:
         raise PipelineError(
             "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."
         )
-    accelerate(pipe, *args, **settings)
     try:
+        accelerate(pipe, *args, **settings)
         yield pipe
     finally:
-        if pipe_record_of(pipe) is not None:  # not restored in the block
-            restore(pipe)
+        _surely(lambda: restore(pipe) if pipe_record_of(pipe) is not None else None)  # else restored in the block
 
 
 @contextmanager
@@ -309,14 +308,27 @@ def as_it_was(pipe: Any) -> Iterator[None]:
     A pipe that was accelerated and is restored in the block stays so: the caller of `restore` meant it.
     """
     record, before = pipe_record_of(pipe), Before.of(pipe)
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         mine = pipe_record_of(pipe)
         if before is None and mine is not None:
             restore(pipe)
         elif before is not None and record is not None and mine is not None and mine.unet is record.unet:
             before.again(pipe)
+
+    try:
+        yield
+    finally:
+        _surely(back)
+
+
+def _surely(back: Callable[[], object]) -> None:
+    """Go a way back to its end. Ctrl-C on the way counts after it; a second one stops there."""
+    try:
+        back()
+    except KeyboardInterrupt:
+        back()
+        raise
 
 
 @contextmanager
@@ -327,12 +339,11 @@ def plainly(pipe: Any) -> Iterator[None]:
         PipelineError: the way back is not exact, or the pipe was baked.
     """
     before = Before.of(pipe)
-    restore(pipe)
     try:
+        restore(pipe)
         yield
     finally:
-        if before is not None:
-            before.again(pipe)
+        _surely(lambda: before.again(pipe) if before is not None else None)
 
 
 class Before(NamedTuple):
