@@ -16,7 +16,8 @@ from .errors import PipelineError
 from .lora.originals import Keep
 from .lora.sources import Given, HubOptions, Source
 from .moving import move, plan_for, require_originals
-from .parameters import block_of
+from .parameters import as_weight, block_of
+from .policy import Policy
 from .transition import transaction
 from .transition.records import (
     Content,
@@ -27,7 +28,7 @@ from .transition.records import (
     pipe_record_of,
 )
 from .transition.snapshot import COMPONENTS, Component, Snapshot, not_in_memory
-from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, as_weight, with_styles
+from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, with_styles
 from .transition.transaction import Undo
 from .transition.verification import (
     check_as_left,
@@ -157,8 +158,11 @@ def _wanted(now: Snapshot, wish: Mapping[str, Any]) -> tuple[Target, PipeSetting
     return target, settings, anew, styles is not UNSET or wish["weight"] is not UNSET, policy
 
 
-def rehearse(pipe: Any, **settings: Any) -> None:
+def rehearse(pipe: Any, **settings: Any) -> Policy:
     """Refuse what `accelerate` with these settings would refuse before it touches the pipe. Nothing is changed.
+
+    Returns:
+        What its calls would do with their arguments.
 
     Raises:
         LcmLoraError: as `accelerate`.
@@ -168,7 +172,7 @@ def rehearse(pipe: Any, **settings: Any) -> None:
     with _alone(pipe):
         now = Snapshot.of(pipe)
         target, kept, anew, _, policy = _wanted(now, given.arguments)
-        kept.policy.under(plan_for(now, target, anew).applied.recipe, policy)
+        return kept.policy.under(plan_for(now, target, anew).applied.recipe, policy)
 
 
 def set_styles(pipe: Pipe, styles: Styles) -> Pipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -16,9 +17,9 @@ from .. import pictures
 from ..acceleration import accelerate as accelerate_verb
 from ..calls import plain
 from ..devices import PeakMemory, device_of, synchronize
-from ..errors import CallError, PipelineError, brief
+from ..errors import CallError, DataError, PipelineError, brief
 from ..lora.sources import Given
-from ..parameters import refuse
+from ..parameters import Parameters, refuse
 from ..progress import one_bar
 from ..state import is_accelerated, status
 from ..transition.records import pipe_record_of
@@ -115,6 +116,8 @@ def sweep(
             )
     grid = Grid.of(pipe, prompts, columns, down, seed, accelerate or {}, {**(call or {}), **more})
     kept = Path(folder) if folder is not None else None
+    if kept is not None:
+        pictures.require_writable(kept / "cells")
     sheet = grid.sheet(_drawn(grid, title or "sweep", kept), title)
     if metrics and sheet.images:
         sheet = _measured(sheet, metrics)
@@ -143,7 +146,7 @@ def _measured(sheet: Sheet, metrics: Mapping[str, Metric]) -> Sheet:
     """The sheet with its numbers. Pictures that took an hour are not lost to a metric that fails."""
     try:
         return measured(sheet, metrics)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         warn(f"the sheet has no metrics, as one of them failed: {type(error).__name__}: {error}")
         return sheet
 
@@ -154,12 +157,12 @@ def _about(pipe: Any) -> dict[str, Any]:
 
 
 def _kept(grid: Grid, cell: Wanted, about: Mapping[str, Any], folder: Path | None) -> Cell:
-    """A cell from the folder, or drawn and put there."""
-    if folder is None:
+    """A cell from the folder, or drawn and put there; a callback does not tell what it is, so such a cell is drawn."""
+    if folder is None or pictures.untold(cell.call):
         return _draw(grid, cell)
     key = pictures.key({**about, "prompt": cell.prompt, "seed": cell.seed, "call": cell.call})
     file = folder / "cells" / f"{key}.png"
-    if file.exists():
+    with suppress(DataError):  # it is not there, or damaged
         image, record = pictures.load(file)
         return Cell(image, record["row"])
     drawn = _draw(grid, cell)
@@ -254,7 +257,7 @@ def sweep_steps(
         recipe = record.settings.policy.recipe
         least, most = recipe.within
         own, kind = range(least, max(least, min(most, 8)) + 1), recipe.title.partition(" ")[2]
-    axis = {"steps": tuple(steps or own)}
+    axis = {"steps": own if steps is None else steps}
     kept: dict[str, Any] = {"seed": seed, "folder": folder, "metrics": metrics, "call": call, "without": without}
     return sweep(pipe, prompts, axis, title=title or f"{kind} over steps", **kept, **more)
 
@@ -280,7 +283,7 @@ def sweep_guidance(
     Args and returns: see `sweep`.
     """
     kept: dict[str, Any] = {"seed": seed, "folder": folder, "metrics": metrics, "call": call, "without": without}
-    return sweep(pipe, prompts, {"guidance": tuple(guidance)}, title=title or "over guidance", **kept, **more)
+    return sweep(pipe, prompts, {"guidance": guidance}, title=title or "over guidance", **kept, **more)
 
 
 def sweep_weights(
@@ -308,17 +311,17 @@ def sweep_weights(
     """
     y = None
     if isinstance(style, Mapping):
-        y = {f"{STYLE}{name}": tuple(weights) for name, weights in style.items()}
+        y = {f"{STYLE}{name}": weights for name, weights in style.items()}
     elif style is not None:
         known = [*((accelerate or {}).get("styles") or (status(pipe).styles if is_accelerated(pipe) else {}))]
         if len(known) != 1:
             raise CallError(
                 f"style: which one is meant? Type style={{'{known[0] if known else 'ink'}': (0, 0.5, 1)}}."
             )
-        y = {f"{STYLE}{known[0]}": tuple(style)}
+        y = {f"{STYLE}{known[0]}": style}
     kept: dict[str, Any] = {"seed": seed, "folder": folder, "metrics": metrics, "call": call, "without": without}
     return sweep(
-        pipe, prompts, {"weight": tuple(lcm)}, y, title=title or "over weights", accelerate=accelerate, **kept, **more
+        pipe, prompts, {"weight": lcm}, y, title=title or "over weights", accelerate=accelerate, **kept, **more
     )
 
 
@@ -343,7 +346,7 @@ def compare(
     Args:
         pipe: a pipeline, accelerated or not. It is given back as it was.
         prompts: one or several.
-        base_steps: of the pipe without the LCM-LoRA.
+        base_steps: of the pipe without the LCM-LoRA; by default as many of these as a strength leaves a step.
         lcm_steps: of the accelerated pipe.
         base_guidance: `guidance_scale` without the LCM-LoRA; None is the pipeline's own default.
         recipes: recipes to have a column each, in the place of `lcm_steps`, at their own steps; where they map to
@@ -353,6 +356,9 @@ def compare(
     """
     guided: dict[str, Any] = {} if base_guidance is None else {"guidance": base_guidance}
     columns: dict[str, Mapping[str, Any]] = {}
+    if base_steps is BASE_STEPS and callable(pipe):
+        strength = Parameters.of(plain(type(pipe)), "__call__").strength_of({**(call or {}), **more})
+        base_steps = [count for count in BASE_STEPS if strength is None or int(count * strength)]
     for count in base_steps:
         columns[f"base, {_steps(count)}"] = {"accelerated": False, "steps": count, **guided}
     files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)
