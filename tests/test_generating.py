@@ -29,7 +29,7 @@ import lcmlora
 from conftest import assert_same, snapshot
 from lcmlora import DataError, LcmLoraWarning, PipelineError, Style, again, generate, pictures, status
 from lcmlora.generating.reading import seeds_of, size_of, styles_of
-from lcmlora.generating.rows import file_digest
+from lcmlora.pictures import file_digest
 from lcmlora.testing import tiny_lora, tiny_pipeline, tiny_vae
 from tiny_pipelines import build, picture
 

@@ -605,7 +605,7 @@ def test_compare_takes_several_recipes(tiny, files):
         tiny, "a fox", base_steps=[2], recipes={"lcm": files["few"], "hyper-2": files["few"]}, height=16, width=16
     )
     assert sheet.columns == ("base, 2 steps", "lcm, 4 steps", "hyper-2, 2 steps")
-    assert [row["status"]["recipe"] for row in sheet.rows] == [None, "lcm", "hyper-2"]
+    assert [row["recipe"] for row in sheet.rows] == [None, "lcm", "hyper-2"]
     assert not lcmlora.is_accelerated(tiny)
 
 

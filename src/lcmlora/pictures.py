@@ -10,7 +10,6 @@ import io
 import json
 import numbers
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -146,25 +145,16 @@ def sha256(file: LoraFile) -> str | None:
     return None if file.path is None else _sha256(file.path, file.stamp)
 
 
-@functools.lru_cache(maxsize=256)
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, computed once for a file as it is."""
+    stat = path.stat()
+    return _sha256(path, (stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1024)
 def _sha256(path: Path, stamp: Any) -> str:
-    """Computed once for a file as it was at its stamp."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def require_writable(folder: Path) -> None:
-    """See that files can be written to a folder, which is made.
-
-    Raises:
-        DataError: they can't.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DataError(f"{folder} can't be written to: {error.strerror or error}.") from error
 
 
 def save(image: Image.Image, path: str | Path, record: Mapping[str, Any]) -> Path:

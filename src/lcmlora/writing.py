@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,3 +81,17 @@ def _disk(error: Exception) -> str | None:
     if "os error" in words or "enforce fail" in words:
         return str(error).splitlines()[0]
     return None
+
+
+def require_writable(folder: Path) -> None:
+    """See that files can be written to a folder, which is made.
+
+    Raises:
+        DataError: they can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder} can't be written to: {_disk(error)}.") from error

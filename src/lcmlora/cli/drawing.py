@@ -55,7 +55,7 @@ def generate(
     speed.arguments()
     if not again:
         model.require()
-    from ..pictures import require_writable
+    from ..writing import require_writable
 
     require_writable(out)
     if again:

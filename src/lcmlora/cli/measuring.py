@@ -201,7 +201,7 @@ def _called(function: Any, *args: Any, **given: Any) -> Any:
 
 def _require(sheet: dict[str, Any]) -> None:
     """See that the sheet can be written."""
-    from ..pictures import require_writable
+    from ..writing import require_writable
 
     require_writable(sheet["out"])
     require_file(sheet["html"])

@@ -90,7 +90,7 @@ def bake(folder: Path, overwrite: bool, model: Model, speed: Speed, say: Say) ->
     lcmlora bake fast-model -m my-model --style ink=ink.safetensors:0.8
     """
     from .. import baking
-    from ..pictures import require_writable
+    from ..writing import require_writable
 
     if not speed.accelerate:
         raise click.UsageError("--no-accelerate leaves nothing to bake.")

@@ -311,7 +311,7 @@ def require_file(path: Path | None) -> None:
         DataError: it can't.
     """
     from ..errors import DataError
-    from ..pictures import require_writable
+    from ..writing import require_writable
 
     if path is not None:
         if path.is_dir():

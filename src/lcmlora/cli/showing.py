@@ -15,7 +15,7 @@ from .options import FOLDER
 def demo(folder: Path, say: Say) -> None:
     """Make the embedded model four-step and write contact sheets to see it by. No network."""
     from ..demo import run
-    from ..pictures import require_writable
+    from ..writing import require_writable
 
     require_writable(folder)
     say.tell("lcmlora demo: about a minute on two cores")

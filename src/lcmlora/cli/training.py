@@ -87,7 +87,7 @@ def distill(
     data, output = _places(places, prompts)
     config = _config(settings)
     from ..distillation import distill as run
-    from ..pictures import require_writable
+    from ..writing import require_writable
 
     require_writable(output)
     more: dict[str, Any] = {"strict": strict, "styles": sources(style), "progress": not (say.quiet or say.as_json)}

@@ -23,7 +23,7 @@ from ..progress import one_bar
 from ..transition.records import pipe_record_of
 from ..transition.target import Style
 from ..warn import warn
-from ..writing import in_the_making
+from ..writing import in_the_making, require_writable
 from .processes import Processes
 from .reading import read
 from .records import MadeBy
@@ -120,7 +120,7 @@ def generate(
         raise PipelineError(why)
     given, folder = read(rows)
     out = Path(out)
-    pictures.require_writable(out)
+    require_writable(out)
     run = _Run(pipe, out, overwrite, strict, resume)
     run.plan(given, Rows(pipe, out, folder, call or {}, styles), batch_size)
     return run.draw(progress)

@@ -16,10 +16,11 @@ from ..devices import device_of, hardware
 from ..layers import unet_of
 from ..lora.sources import Source
 from ..parameters import as_weight
+from ..pictures import file_digest
 from ..transition.records import PipeRecord, pipe_record_of, stands_for
 from ..transition.snapshot import COMPONENTS
 from ..transition.target import Style
-from .rows import Row, file_digest
+from .rows import Row
 
 FORMAT = 1
 _BESIDE = ("controlnet", "adapter", "image_encoder", "motion_adapter")

@@ -19,12 +19,13 @@ from ..devices import device_of
 from ..errors import DataError, LoraFileError, PipelineError
 from ..lora.sources import LoraFile, Source
 from ..parameters import as_weight
+from ..pictures import file_digest
 from ..transition.records import pipe_record_of
 from ..transition.target import Style
 from ..warn import warn
 from .loop import drawn
 from .records import FORMAT, fingerprint, scheduler_of, vae_of
-from .rows import Row, file_digest
+from .rows import Row
 
 
 def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:

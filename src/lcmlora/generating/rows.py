@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import os
 import re
 import warnings
@@ -94,18 +92,6 @@ def picture(path: Path, fit: tuple[int, int] | None = None) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"picture {path} can't be read: {error}") from error
     return ImageOps.fit(image, fit, _FILTER) if fit else image
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, computed once for a file as it is."""
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1024)
-def _digest(path: Path, *stamp: int) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Rows:

@@ -21,9 +21,11 @@ from ..errors import CallError, DataError, PipelineError, brief
 from ..lora.sources import Given
 from ..parameters import Parameters, refuse
 from ..progress import one_bar
+from ..recipe import by_name as recipe_of
 from ..state import is_accelerated, status
 from ..transition.records import pipe_record_of
 from ..warn import warn
+from ..writing import require_writable
 from .axes import STYLE, Axis, Place, places
 from .grid import Grid, Wanted
 from .metrics import Metric, measured
@@ -53,6 +55,18 @@ class CallArguments(TypedDict, total=False):
     controlnet_conditioning_scale: Any
     cross_attention_kwargs: dict[str, Any] | None
     clip_skip: int | None
+
+
+class SheetArguments(CallArguments, total=False):
+    """What `sweep` takes beside its axes, and its short forms too."""
+
+    without: bool | Mapping[str, Any]
+    seed: int
+    title: str
+    folder: str | Path | None
+    metrics: Mapping[str, Metric] | None
+    accelerate: Mapping[str, Any] | None
+    call: Mapping[str, Any] | None
 
 
 def sweep(
@@ -117,7 +131,7 @@ def sweep(
     grid = Grid.of(pipe, prompts, columns, down, seed, accelerate or {}, {**(call or {}), **more})
     kept = Path(folder) if folder is not None else None
     if kept is not None:
-        pictures.require_writable(kept / "cells")
+        require_writable(kept / "cells")
     sheet = grid.sheet(_drawn(grid, title or "sweep", kept), title)
     if metrics and sheet.images:
         sheet = _measured(sheet, metrics)
@@ -235,14 +249,7 @@ def sweep_steps(
     pipe: Any,
     prompts: str | Sequence[str],
     steps: Iterable[int] | None = None,
-    *,
-    without: bool | Mapping[str, Any] = False,
-    seed: int = SEED,
-    title: str = "",
-    folder: str | Path | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-    call: Mapping[str, Any] | None = None,
-    **more: Unpack[CallArguments],
+    **more: Unpack[SheetArguments],
 ) -> Sheet:
     """The same pictures over steps: those that the recipe of an accelerated pipe is made for, up to 8, and 1 to 50 for
     another pipe, unless `steps` says otherwise.
@@ -257,23 +264,15 @@ def sweep_steps(
         recipe = record.settings.policy.recipe
         least, most = recipe.within
         own, kind = range(least, max(least, min(most, 8)) + 1), recipe.title.partition(" ")[2]
-    axis = {"steps": own if steps is None else steps}
-    kept: dict[str, Any] = {"seed": seed, "folder": folder, "metrics": metrics, "call": call, "without": without}
-    return sweep(pipe, prompts, axis, title=title or f"{kind} over steps", **kept, **more)
+    more.setdefault("title", f"{kind} over steps")
+    return sweep(pipe, prompts, {"steps": own if steps is None else steps}, **more)
 
 
 def sweep_guidance(
     pipe: Any,
     prompts: str | Sequence[str],
     guidance: Iterable[float] = GUIDANCE,
-    *,
-    without: bool | Mapping[str, Any] = False,
-    seed: int = SEED,
-    title: str = "",
-    folder: str | Path | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-    call: Mapping[str, Any] | None = None,
-    **more: Unpack[CallArguments],
+    **more: Unpack[SheetArguments],
 ) -> Sheet:
     """The same pictures over guidance scales. Pass `negative_prompt` to see it come alive above 1.
 
@@ -282,8 +281,8 @@ def sweep_guidance(
 
     Args and returns: see `sweep`.
     """
-    kept: dict[str, Any] = {"seed": seed, "folder": folder, "metrics": metrics, "call": call, "without": without}
-    return sweep(pipe, prompts, {"guidance": guidance}, title=title or "over guidance", **kept, **more)
+    more.setdefault("title", "over guidance")
+    return sweep(pipe, prompts, {"guidance": guidance}, **more)
 
 
 def sweep_weights(
@@ -291,15 +290,7 @@ def sweep_weights(
     prompts: str | Sequence[str],
     lcm: Iterable[float] = WEIGHTS,
     style: Iterable[float] | Mapping[str, Iterable[float]] | None = None,
-    *,
-    without: bool | Mapping[str, Any] = False,
-    seed: int = SEED,
-    title: str = "",
-    folder: str | Path | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-    accelerate: Mapping[str, Any] | None = None,
-    call: Mapping[str, Any] | None = None,
-    **more: Unpack[CallArguments],
+    **more: Unpack[SheetArguments],
 ) -> Sheet:
     """The same pictures over weights: of the LCM-LoRA to the right, of a style down.
 
@@ -313,16 +304,16 @@ def sweep_weights(
     if isinstance(style, Mapping):
         y = {f"{STYLE}{name}": weights for name, weights in style.items()}
     elif style is not None:
-        known = [*((accelerate or {}).get("styles") or (status(pipe).styles if is_accelerated(pipe) else {}))]
+        known = [
+            *((more.get("accelerate") or {}).get("styles") or (status(pipe).styles if is_accelerated(pipe) else {}))
+        ]
         if len(known) != 1:
             raise CallError(
                 f"style: which one is meant? Type style={{'{known[0] if known else 'ink'}': (0, 0.5, 1)}}."
             )
         y = {f"{STYLE}{known[0]}": style}
-    kept: dict[str, Any] = {"seed": seed, "folder": folder, "metrics": metrics, "call": call, "without": without}
-    return sweep(
-        pipe, prompts, {"weight": lcm}, y, title=title or "over weights", accelerate=accelerate, **kept, **more
-    )
+    more.setdefault("title", "over weights")
+    return sweep(pipe, prompts, {"weight": lcm}, y, **more)
 
 
 def compare(
@@ -333,13 +324,7 @@ def compare(
     lcm_steps: Iterable[int] = LCM_STEPS,
     base_guidance: float | None = None,
     recipes: Iterable[str] | Mapping[str, Given | None] = (),
-    seed: int = SEED,
-    title: str = "",
-    folder: str | Path | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-    accelerate: Mapping[str, Any] | None = None,
-    call: Mapping[str, Any] | None = None,
-    **more: Unpack[CallArguments],
+    **more: Unpack[SheetArguments],
 ) -> Sheet:
     """With and without, side by side: the pipe without the LCM-LoRA at `base_steps`, then with it at `lcm_steps`.
 
@@ -354,23 +339,24 @@ def compare(
 
     Other args, returns and raises: see `sweep`.
     """
-    guided: dict[str, Any] = {} if base_guidance is None else {"guidance": base_guidance}
+    guided = {} if base_guidance is None else {"guidance": base_guidance}
+    settings = more.get("accelerate") or {}
     columns: dict[str, Mapping[str, Any]] = {}
     if base_steps is BASE_STEPS and callable(pipe):
-        strength = Parameters.of(plain(type(pipe)), "__call__").strength_of({**(call or {}), **more})
+        strength = Parameters.of(plain(type(pipe)), "__call__").strength_of({**(more.get("call") or {}), **more})
         base_steps = [count for count in BASE_STEPS if strength is None or int(count * strength)]
     for count in base_steps:
         columns[f"base, {_steps(count)}"] = {"accelerated": False, "steps": count, **guided}
     files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)
     for name, file in files.items():
-        columns[name] = {"recipe": name, **({} if file is None else {"lora": file})}
+        count = settings.get("steps", recipe_of(name).steps)
+        columns[f"{name}, {_steps(count)}"] = {"recipe": name, **({} if file is None else {"lora": file})}
     if not files:
-        recipe = (accelerate or {}).get("recipe") or (status(pipe).recipe if is_accelerated(pipe) else None)
+        recipe = settings.get("recipe") or (status(pipe).recipe if is_accelerated(pipe) else None)
         kind = "LCM" if recipe in (None, "lcm") else recipe
         columns |= {f"{kind}, {_steps(n)}": {"accelerated": True, "steps": n} for n in lcm_steps}
-    kept: dict[str, Any] = {"seed": seed, "folder": folder, "metrics": metrics, "call": call}
-    title = title or "without and with the LCM-LoRA"
-    return sweep(pipe, prompts, columns, title=title, accelerate=accelerate, **kept, **more)
+    more.setdefault("title", "without and with the LCM-LoRA")
+    return sweep(pipe, prompts, columns, **more)
 
 
 def _steps(count: int) -> str:
