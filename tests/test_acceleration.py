@@ -11,6 +11,8 @@ from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffus
 
 import lcmlora
 from conftest import PIPES, assert_same, sd_pipe, sdxl_pipe, snapshot, tiny_unet, write_lora
+from lcmlora.acceleration import plainly
+from lcmlora.transition.snapshot import Component
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -141,6 +143,32 @@ def test_keep_nothing_refuses_to_restore(lcm_file):
     with pytest.raises(lcmlora.PipelineError, match="keep='memory'"):
         lcmlora.restore(pipe)
     assert lcmlora.is_accelerated(pipe)
+
+
+@pytest.mark.parametrize("block", ["accelerated", "styled", "plainly"])
+def test_ctrl_c_on_a_blocks_way_back_waits_for_its_end(block, lcm_file, monkeypatch):
+    pipe = sd_pipe()
+    settings = {"lora": lcm_file(pipe), "styles": {"ink": lcm_file(pipe, "ink.safetensors")}}
+    if block != "accelerated":
+        lcmlora.accelerate(pipe, **settings)
+    before = lcmlora.status(pipe)
+    real, left = Component.of, [KeyboardInterrupt()]
+
+    def stopped_once(*given):
+        if left:
+            raise left.pop()
+        return real(*given)
+
+    def run():
+        blocks = {"accelerated": lcmlora.accelerated, "styled": lcmlora.styled, "plainly": plainly}
+        more = {"accelerated": settings, "styled": {"styles": {}}, "plainly": {}}
+        with blocks[block](pipe, **more[block]):
+            assert lcmlora.status(pipe) != before
+            monkeypatch.setattr(Component, "of", staticmethod(stopped_once))
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert lcmlora.status(pipe) == before
 
 
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,20 @@ def test_prompts_become_pictures_named_after_them(shell, tmp_path, model):
     assert again.stderr == ""
 
 
+def test_prompts_that_are_alike_have_files_of_their_own(shell):
+    shown = shell(f"generate {FAST} --steps 1", "A 3", "a", "a")
+    assert shown.exit_code == 0, shown.stderr
+    assert sorted(file.name for file in Path("pictures").iterdir()) == ["a-0.png", "a-3-0.png", "a-4-0.png"]
+
+
+def test_a_name_that_the_locale_lacks_is_shown_all_the_same(model):
+    line = f"-m lcmlora generate 狐 -m {model / 'pipe'} --lora {model / 'lcm.safetensors'} --out {model} -q"
+    source = str(Path(lcmlora.__file__).parent.parent)
+    place = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": source}
+    shown = subprocess.run([sys.executable, *line.split()], env=place, capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stdout) == (0, f"{model}/\\u72d0-0.png\n"), shown.stderr
+
+
 def test_rows_of_a_file_and_a_picture_to_start_from(shell, model, tmp_path):
     (tmp_path / "rows.csv").write_text(f"prompt,image,styles\na fox,{model}/teal.png,ink:0.2\nan owl,none.png,\n")
     line = f"generate {FAST} --rows rows.csv --strength 0.5 --style ink={{at}}/ink.safetensors --seeds 1-2 --steps 2"
@@ -165,6 +182,11 @@ def test_sheets_over_axes_and_of_both_ways(shell):
 # -- bake, demo, distill ----------------------------------------------------------------------------------------------
 
 
+def test_true_and_false_are_values_of_an_axis(shell):
+    shown = shell(f"sweep a {FAST} --x accelerated=false,True --steps 1 --json -q")
+    assert [row["accelerated"] for row in json.loads(shown.stdout)["rows"]] == [False, True]
+
+
 def test_bake_and_draw_with_what_was_baked(shell):
     shown = shell(f"bake fast {FAST} --json -q")
     assert shown.exit_code == 0, shown.output
@@ -208,6 +230,8 @@ USAGE = {
     "axis": "sweep x -m pocket --x steps",
     "steps": "benchmark -m pocket --steps 4",
     "unknown": "generate x --stpes 4",
+    "a mask alone": "generate x -m pocket --mask {at}/teal.png",
+    "size of a benchmark": "benchmark -m pocket --size abc",
     "again and steps": "generate --again {at}/teal.png --steps 4",
     "again and a type": "generate --again {at}/teal.png --dtype float16",
     "again and a style": "generate --again {at}/teal.png --style ink=x",

@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -29,7 +30,7 @@ from conftest import assert_same, snapshot
 from lcmlora import DataError, LcmLoraWarning, PipelineError, Style, again, generate, pictures, status
 from lcmlora.generating.reading import seeds_of, size_of, styles_of
 from lcmlora.pictures import file_digest
-from lcmlora.testing import tiny_lora, tiny_pipeline
+from lcmlora.testing import tiny_lora, tiny_pipeline, tiny_vae
 from tiny_pipelines import build, picture
 
 PROMPTS = ("a fox", "an owl", "a rocket", "狐")
@@ -226,6 +227,8 @@ BAD = {
     "size": ({"size": "17x16"}, "width=17: a whole number, a multiple of 8"),
     "size as text": ({"size": "large"}, "such as '512x768'"),
     "prompt": ({"prompt": ["a", "b"]}, "one text is expected"),
+    "half a character": ({"prompt": "\ud800"}, "one text is expected"),
+    "no seed": ({"seed": []}, r"seed=\[\]: a whole number"),
     "no prompt": ({"prompt": None}, "no prompt"),
     "generator": ({"generator": 1}, "give seed"),
     "outside": ({"name": "../x"}, "would leave the folder"),
@@ -285,6 +288,27 @@ def test_rows_that_are_none_are_refused(rows, words, pipe, tmp_path):
         generate(pipe, ["x"], tmp_path / "file" / "out")
     with pytest.raises(DataError, match="batch_size=0"):
         generate(pipe, ["x"], tmp_path, batch_size=0)
+
+
+def test_tables_and_lines_as_people_have_them(plain, tmp_path):
+    pipe = StableDiffusionInpaintPipeline.from_pipe(plain)
+    pipe.set_progress_bar_config(disable=True)
+    picture().save(tmp_path / "a.png")
+    head = "prompt;negative;image;mask_image;padding_mask_crop;size;steps"
+    (tmp_path / "a.csv").write_text(f"{head}\n1\u20282;2;a.png;a.png;4;16x16;2\n;;;;;;\n")
+    rows = [json.dumps({"prompt": "1\u2028\x852", "image": "a.png", "mask_image": "a.png"}, ensure_ascii=False)] * 2
+    (tmp_path / "b.jsonl").write_text("\n\n".join(rows))
+    made = generate(pipe, tmp_path / "a.csv", tmp_path / "a")
+    record = pictures.record_of(made.files[0])
+    assert (record["prompt"], record["settings"]["negative_prompt"]) == ("1\u20282", "2")
+    assert record["settings"]["padding_mask_crop"] == 4
+    assert not made.failed
+    assert len(generate(pipe, tmp_path / "b.jsonl", tmp_path / "b", call={"steps": 2, "size": "16x16"}).files) == 2
+    (tmp_path / "c.csv").write_text("prompt,seed,seed\na,1,2\n")
+    (tmp_path / "d.csv").write_text("prompt\n" + "a" * 200_000)
+    for name, words in {"c": "several columns of one name: seed", "d": "field larger"}.items():
+        with pytest.raises(DataError, match=words):
+            generate(pipe, tmp_path / f"{name}.csv", tmp_path / name)
 
 
 def test_the_shell_s_words(tmp_path):
@@ -369,6 +393,32 @@ def test_nothing_of_another_origin_is_overwritten_unasked(pipe, tmp_path):
     assert len(made.files) == 2
     assert set(pixels(tmp_path).values()) == {alone(pipe, "an owl")}
     assert generate(pipe, ["an owl"], tmp_path, resume=False).already == 0
+
+
+@pytest.mark.parametrize("change", ["vae", "other vae", "weights", "callback"])
+def test_what_else_draws_a_picture_tells_it(change, plain, tmp_path, model):
+    call = {"callback_on_step_end": lambda pipe, step, timestep, given: given} if change == "callback" else {}
+    settings = {"vae": tiny_vae()} if change == "other vae" else {}
+    if change != "weights":
+        lcmlora.accelerate(plain, lora=model / "lcm.safetensors", **settings)
+    generate(plain, ["a"], tmp_path, call={"steps": 2, **call})
+    if change == "vae":
+        plain.vae = tiny_vae()
+    elif change == "other vae":
+        lcmlora.accelerate(plain, vae=tiny_vae())
+    elif change == "weights":  # as where a LoRA is fused in
+        plain.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.data.mul_(1.3)
+    words = "callback_on_step_end was the same" if change == "callback" else "other settings"
+    with pytest.warns(LcmLoraWarning, match=words):
+        assert generate(plain, ["a"], tmp_path, call={"steps": 2, **call}).files == ()
+
+
+def test_a_file_that_another_process_is_writing_is_left_alone(pipe, tmp_path):
+    ours, theirs, gone = (tmp_path / f".0001-0.png.{pid}.partial" for pid in (os.getpid(), os.getppid(), 2**31))
+    for file in (ours, theirs, gone):
+        file.write_text("")
+    generate(pipe, ["a"], tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [theirs.name, "0001-0.png"]
 
 
 def test_a_disk_that_is_full_ends_the_run_in_a_sentence(pipe, tmp_path, monkeypatch):
@@ -488,7 +538,24 @@ def test_the_embedded_model_is_named_and_found_again(variant, tmp_path):
 def test_a_baked_pipe_again(pipe, tmp_path):
     baked = lcmlora.load_baked(lcmlora.bake(pipe, tmp_path / "baked"))
     (made,) = generate(baked, ["x"], tmp_path / "out", progress=False).files
+    assert again(made).tobytes() == again(made, baked).tobytes() == pictures.load(made)[0].tobytes()
+    with pytest.raises(PipelineError, match="restore"):
+        again(made, pipe)
+
+
+def test_another_vae_in_its_folder_and_weights_that_are_others_are_told(plain, tmp_path, model):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    plain_one = generate(plain, ["a"], tmp_path / "plain", call={"steps": 2}).files[0]
+    made = generate(
+        lcmlora.accelerate(plain, lora=model / "lcm.safetensors", vae=tmp_path / "vae"), ["a"], tmp_path / "out"
+    ).files[0]
     assert again(made).tobytes() == pictures.load(made)[0].tobytes()
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    with pytest.raises(PipelineError, match="which has other weights now"):
+        again(made)
+    lcmlora.restore(plain).unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.data.mul_(1.3)
+    with pytest.warns(LcmLoraWarning, match="some weights are others"):
+        again(plain_one, plain)
 
 
 # -- several processes, and one that is killed -----------------------------------------------------------------------

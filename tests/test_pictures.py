@@ -2,6 +2,7 @@
 
 import hashlib
 import mmap
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -49,6 +50,14 @@ def test_equal_arguments_have_equal_keys_and_others_have_others(image):
     assert len(set(keys)) == len(keys)
     assert pictures.key({"x": image.copy(), "y": 2}) == pictures.key({"y": 2, "x": image})
     assert pictures.key({"x": (1, 2)}) == pictures.key({"x": [1, 2]})
+
+
+def test_numbers_of_numpy_are_what_they_are_and_objects_in_memory_are_told_apart_by_nobody():
+    given = [np.int64(1), np.int64(2), np.float32(0.5), np.bool_(True), Decimal("0.1"), Decimal("0.2")]
+    assert [pictures.described(one) for one in given[:4]] == [1, 2, 0.5, True]
+    assert len({pictures.key({"x": one}) for one in given[:2] + given[4:]}) == 4
+    call = {"steps": np.int64(1), "callback": lambda *given: None, "in a list": [object()], "prompt": "a"}
+    assert pictures.untold(call) == ["callback", "in a list"]
 
 
 def test_provenance_names_files_with_their_digests(tmp_path):

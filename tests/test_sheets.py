@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
@@ -321,6 +322,20 @@ def test_labels_with_settings_of_their_own_are_an_axis(lcm_file):
         ({"x": {"a": {"weight": 1, "accelerated": False}}}, lcmlora.CallError, "weight: the pipe as it was"),
         ({"x": {"num_images_per_prompt": (1, 2)}}, lcmlora.CallError, "several seeds"),
         ({"x": {"steps": (1,)}, "accelerate": {"wieght": 1}}, TypeError, "'wieght'. Is weight meant"),
+        ({"x": {1: (1,)}}, lcmlora.CallError, "one name and its values"),
+        ({"x": {"steps": (1, 0)}}, lcmlora.CallError, "num_inference_steps=0: a whole number from 1"),
+        ({"x": {"steps": (1, 51)}}, lcmlora.CallError, "num_inference_steps=51"),
+        ({"x": {"a": {"steps": 1}, "b": {"steps": 1.5, "accelerated": False}}}, lcmlora.CallError, "steps=1.5"),
+        ({"x": {"guidance": (1, float("nan"))}}, lcmlora.CallError, "guidance_scale=nan: a number"),
+        ({"x": {"height": (16, 17)}}, lcmlora.CallError, "height=17: a whole number, a multiple of 8"),
+        ({"x": {"seed": (1, 1.5)}}, lcmlora.CallError, "seed=1.5: a whole number from 0"),
+        ({"x": {"steps": (1,)}, "seed": 2**70}, lcmlora.CallError, "seed=1180"),
+        ({"x": {"accelerated": (True, "false")}}, lcmlora.CallError, "accelerated='false': True or False"),
+        ({"x": {"size": ("16x16",)}}, lcmlora.CallError, "size: give width and height"),
+        ({"x": {"steps": (1,)}, "y": {"num_inference_steps": (2,)}}, lcmlora.CallError, "x gives it, and y too"),
+        ({"x": {"steps": (1,)}, "num_inference_steps": 2}, lcmlora.CallError, "steps=2 is given for all cells"),
+        ({"x": {"weight": (1,)}, "accelerate": {"weight": 0.5}}, lcmlora.CallError, "weight=0.5 is given for all"),
+        ({"x": {"steps": (1,)}, "folder": __file__}, lcmlora.DataError, "can't be written to"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_the_first_picture(axes, error, words, pipe):
@@ -340,7 +355,7 @@ def test_without_needs_originals(lcm_file):
     assert batches == []
 
 
-@pytest.mark.parametrize("prompts", [[], (), None, [1]])
+@pytest.mark.parametrize("prompts", [[], (), None, [1], "half a character: \ud800"])
 def test_prompts_are_texts(prompts, pipe):
     with pytest.raises(lcmlora.CallError, match="prompts="):
         lcmlora.sweep_steps(pipe, prompts, (1,))
@@ -396,6 +411,42 @@ def test_a_sheet_in_a_folder_goes_on_where_it_was_stopped(pipe, tmp_path):
     assert drawn == []
     assert len([*(tmp_path / "out" / "cells").iterdir()]) == 8
     assert (tmp_path / "out" / "sheet.png").exists()
+
+
+def test_a_damaged_cell_is_drawn_again_and_one_with_a_callback_always(pipe, tmp_path):
+    whole = cells(lcmlora.sweep_steps(pipe, "a", (1, 2), folder=tmp_path, **SMALL))
+    damaged = min((tmp_path / "cells").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    drawn = passes(pipe)
+    assert cells(lcmlora.sweep_steps(pipe, "a", (1, 2), folder=tmp_path, **SMALL)) == whole
+    assert len(drawn) in (1, 2)
+
+    def scaled(by):
+        return lambda pipe, step, timestep, given: {"latents": given["latents"] * by}
+
+    axis = {"callback_on_step_end": [scaled(1), scaled(0.5)]}
+    one, other = lcmlora.sweep(pipe, "a", axis, folder=tmp_path, num_inference_steps=1, **SMALL).images
+    assert one.tobytes() != other.tobytes()
+
+
+def test_values_of_numpy_and_of_torch_are_values(pipe, tmp_path):
+    steps = lcmlora.sweep_steps(pipe, "a", (1, 2), **SMALL)
+    for _ in range(2):
+        sheet = lcmlora.sweep_steps(pipe, "a", np.array([1, 2]), folder=tmp_path, **SMALL)
+        assert cells(sheet) == cells(steps)
+    axes = {"x": {"weight": np.float32([0, 1])}, "y": {"seed": torch.tensor([3, 4])}}
+    sheet = lcmlora.sweep(pipe, "a", **axes, **SMALL)
+    assert (sheet.columns, [line.label for line in sheet.lines]) == (("weight 0", "weight 1"), ["seed 3", "seed 4"])
+    assert len({image.tobytes() for image in sheet.images}) == 4
+
+
+def test_objects_of_one_class_are_states_of_their_own():
+    pipe = sd_pipe()
+    schedulers = [
+        DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=s) for s in ("leading", "trailing")
+    ]
+    one, other = lcmlora.sweep(pipe, "a", {"scheduler": schedulers}, num_inference_steps=2, **SMALL).images
+    assert one.tobytes() != other.tobytes()
 
 
 @pytest.mark.parametrize("change", ["weights", "style", "scheduler", "call"])
@@ -462,6 +513,34 @@ def test_what_ran_of_a_plain_image_to_image_pipe_is_what_strength_leaves(lcm_fil
     sheet = lcmlora.sweep(pipe, "a", {"strength": (0.5, 1.0)}, image=Image.new("RGB", (16, 16)), num_inference_steps=4)
     assert [row["num_inference_steps"] for row in sheet.rows] == [2, 4]
     assert len(batches) == 6
+
+
+def test_a_strength_that_leaves_no_step_of_the_plain_pipe_is_refused_and_compare_leaves_such_out(lcm_file):
+    pipe = sd_pipe(cls=StableDiffusionImg2ImgPipeline)
+    more = {"image": Image.new("RGB", (16, 16)), "strength": 0.3}
+    with pytest.raises(lcmlora.CallError, match=r"strength=0\.3 leaves none of 3 steps"):
+        lcmlora.sweep(pipe, "a", {"steps": (4, 3)}, **more)
+    sheet = lcmlora.compare(pipe, "a", lcm_steps=(1,), accelerate={"lora": lcm_file(pipe)}, **more)
+    assert sheet.columns[0] == "base, 4 steps, ran 1"
+
+
+def test_there_is_no_pipe_without_the_lora_where_a_sibling_has_it(pipe):
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(lcmlora.PipelineError, match="another pipe that shares this one's UNet"):
+        lcmlora.benchmark(other, (1, 1), progress=False)
+    lcmlora.accelerate(other)
+    with pytest.raises(lcmlora.PipelineError, match="another pipe that shares this one's UNet"):
+        lcmlora.sweep_steps(pipe, "a", (1,), without=True)
+    lcmlora.restore(other)
+    assert len(lcmlora.sweep_steps(pipe, "a", (1,), without={"steps": 1}, **SMALL).images) == 2
+
+
+def test_ctrl_c_in_a_metric_costs_no_picture(pipe):
+    def stopped(image, row, reference):
+        raise KeyboardInterrupt
+
+    with pytest.warns(lcmlora.LcmLoraWarning, match="no metrics"):
+        assert lcmlora.sweep_steps(pipe, "a", (1,), metrics={"mine": stopped}, **SMALL).images
 
 
 def test_a_metric_that_fails_costs_no_picture(pipe):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +16,8 @@ from .errors import PipelineError
 from .lora.originals import Keep
 from .lora.sources import Given, HubOptions, Source
 from .moving import move, plan_for, require_originals
-from .parameters import block_of
+from .parameters import as_weight, block_of
+from .policy import Policy
 from .transition import transaction
 from .transition.records import (
     Content,
@@ -27,7 +28,7 @@ from .transition.records import (
     pipe_record_of,
 )
 from .transition.snapshot import COMPONENTS, Component, Snapshot, not_in_memory
-from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, as_weight, with_styles
+from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, with_styles
 from .transition.transaction import Undo
 from .transition.verification import (
     check_as_left,
@@ -157,8 +158,11 @@ def _wanted(now: Snapshot, wish: Mapping[str, Any]) -> tuple[Target, PipeSetting
     return target, settings, anew, styles is not UNSET or wish["weight"] is not UNSET, policy
 
 
-def rehearse(pipe: Any, **settings: Any) -> None:
+def rehearse(pipe: Any, **settings: Any) -> Policy:
     """Refuse what `accelerate` with these settings would refuse before it touches the pipe. Nothing is changed.
+
+    Returns:
+        What its calls would do with their arguments.
 
     Raises:
         LcmLoraError: as `accelerate`.
@@ -168,7 +172,7 @@ def rehearse(pipe: Any, **settings: Any) -> None:
     with _alone(pipe):
         now = Snapshot.of(pipe)
         target, kept, anew, _, policy = _wanted(now, given.arguments)
-        kept.policy.under(plan_for(now, target, anew).applied.recipe, policy)
+        return kept.policy.under(plan_for(now, target, anew).applied.recipe, policy)
 
 
 def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
@@ -272,12 +276,11 @@ def accelerated(pipe: Any, *args: Any, **settings: Any) -> Iterator[Any]:
         raise PipelineError(
             "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."
         )
-    accelerate(pipe, *args, **settings)
     try:
+        accelerate(pipe, *args, **settings)
         yield pipe
     finally:
-        if pipe_record_of(pipe) is not None:  # not restored in the block
-            restore(pipe)
+        _surely(lambda: restore(pipe) if pipe_record_of(pipe) is not None else None)  # else restored in the block
 
 
 @contextmanager
@@ -309,14 +312,27 @@ def as_it_was(pipe: Any) -> Iterator[None]:
     A pipe that was accelerated and is restored in the block stays so: the caller of `restore` meant it.
     """
     record, before = pipe_record_of(pipe), Before.of(pipe)
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         mine = pipe_record_of(pipe)
         if before is None and mine is not None:
             restore(pipe)
         elif before is not None and record is not None and mine is not None and mine.unet is record.unet:
             before.again(pipe)
+
+    try:
+        yield
+    finally:
+        _surely(back)
+
+
+def _surely(back: Callable[[], object]) -> None:
+    """Go a way back to its end. Ctrl-C on the way counts after it; a second one stops there."""
+    try:
+        back()
+    except KeyboardInterrupt:
+        back()
+        raise
 
 
 @contextmanager
@@ -327,12 +343,11 @@ def plainly(pipe: Any) -> Iterator[None]:
         PipelineError: the way back is not exact, or the pipe was baked.
     """
     before = Before.of(pipe)
-    restore(pipe)
     try:
+        restore(pipe)
         yield
     finally:
-        if before is not None:
-            before.again(pipe)
+        _surely(lambda: before.again(pipe) if before is not None else None)
 
 
 class Before(NamedTuple):

@@ -11,6 +11,7 @@ from . import calls
 from . import vae as vaes
 from .calling import HOOKS
 from .errors import LcmLoraError, PipelineError
+from .layers import unet_of
 from .prompts import PromptCache
 from .transition import transaction
 from .transition.plan import Plan, make_plan, scheduler_for
@@ -22,6 +23,7 @@ from .transition.records import (
     PipeRecord,
     Shell,
     StandIn,
+    module_record_of,
     pipe_record_of,
     put,
     stands_for,
@@ -104,6 +106,20 @@ def plan_for(now: Snapshot, target: Target, anew: Collection[str]) -> Plan:
         if now.unet.record is not None:  # what somebody did to the UNet meanwhile is the truer reason
             require_way_back(now.unet, "change the LoRAs")
         raise
+
+
+def require_unshared(pipe: Any) -> None:
+    """Refuse a pipe that can't be without the LCM-LoRA, as another one that shares its UNet has it.
+
+    Raises:
+        PipelineError: it is so.
+    """
+    record = module_record_of(unet_of(pipe))
+    if record is not None and not record.is_for_none_but(pipe):
+        raise PipelineError(
+            "another pipe that shares this one's UNet is accelerated, so there is none without the LCM-LoRA: "
+            "lcmlora.restore that one first."
+        )
 
 
 def require_originals(record: ModuleRecord, purpose: str) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +16,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import numpy as np
 import torch
 from PIL import Image
+
+from .errors import CallError, brief
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -128,11 +132,61 @@ class Parameters:
             _is_picture(value) for name, value in given.items() if not _OTHER_PICTURE.search(name)
         )
 
+    def numbers(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a call's arguments that are steps, sizes, guidance and strength, as plain numbers.
+
+        Raises:
+            CallError: one that no call could use.
+        """
+        found: dict[str, Any] = {}
+        for name in given.keys() & {self.steps, "width", "height", self.guidance, self.strength}:
+            value = given[name]
+            if name in (self.steps, "width", "height"):
+                found[name] = None if value is None else whole(name, value, of=1 if name == self.steps else 8)
+            elif value is not None and not isinstance(value, list | tuple | Mapping):  # one for each region or prompt
+                number = as_weight(value)
+                if number is None or not math.isfinite(number) or (name == self.strength and not 0 <= number <= 1):
+                    limits = " from 0 to 1" * (name == self.strength)
+                    raise CallError(f"{name}={brief(value)}: a number{limits} is expected.")
+                found[name] = number
+        return found
+
     def unknown(self, given: Iterable[str]) -> Iterable[tuple[str, str]]:
         """Arguments that the method does not take, each with the name that may be meant, or ""."""
         for name in sorted(set(given) - self.defaults.keys() - (self.read if self.open else set())):
             near = [key for key in (self.steps, self.guidance) if key and name in key]
             yield name, near[0] if near else near_match(name, self.defaults)
+
+
+def as_weight(value: Any) -> float | None:
+    """A number as a plain float, numpy's and torch's too; None for everything else."""
+    if isinstance(value, bool | str | bytes | Mapping) or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # an array or tensor of several numbers
+        return None
+
+
+def whole(name: str, value: Any, least: int = 1, of: int = 1) -> int:
+    """A whole number, numpy's and torch's too, as a plain one.
+
+    Raises:
+        CallError: it is none, is below `least`, no multiple of `of`, or too large for any seed.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not least <= number < 2**63 or number % of:
+        multiple = f", a multiple of {of}," if of > 1 else f" from {least}"
+        raise CallError(f"{name}={brief(value)}: a whole number{multiple} is expected.")
+    return number
+
+
+def is_text(value: Any) -> bool:
+    """Whether a tokenizer takes a value: a string, without the halves of characters that a wrong encoding leaves."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def near_match(name: str, known: Iterable[str]) -> str:

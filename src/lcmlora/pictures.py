@@ -8,8 +8,9 @@ import functools
 import hashlib
 import io
 import json
+import numbers
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,32 @@ CHUNK = "lcmlora"
 """The name of the text chunk; it holds JSON."""
 
 
-def described(value: Any) -> Any:
+def _named(value: Any) -> str:
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def described(value: Any, other: Callable[[Any], Any] = _named) -> Any:
     """A call's argument as JSON can hold it. Equal arguments have equal descriptions, in any process: pictures and
     tensors are named by a digest of their content.
+
+    Args:
+        value: the argument.
+        other: describes a function, or an object of unknown content; by its name, unless said otherwise.
     """
     match value:
         case None | bool() | int() | float() | str():
             return value
+        case np.generic():
+            return described(value.item(), other)
+        case numbers.Number():
+            return repr(value)
         case os.PathLike():
             return os.fspath(value)
         case Mapping():
-            return {str(key): described(one) for key, one in value.items()}
+            return {str(key): described(one, other) for key, one in value.items()}
         case list() | tuple() | range():
-            return [described(one) for one in value]
+            return [described(one, other) for one in value]
         case Image.Image():
             return {"picture": _digest(value.mode, value.size, value.tobytes()), "size": list(value.size)}
         case torch.Tensor():
@@ -53,14 +67,27 @@ def described(value: Any) -> Any:
         case np.ndarray():
             return {"tensor": _digest(value.dtype, value.shape, np.ascontiguousarray(value).tobytes())}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+        return {field.name: described(getattr(value, field.name), other) for field in dataclasses.fields(value)}
+    return other(value)
 
 
-def key(settings: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that stand for these settings: a picture that is there already is told by them."""
-    return _digest(json.dumps(described(settings), sort_keys=True))
+def key(settings: Mapping[str, Any], other: Callable[[Any], Any] = _named) -> str:
+    """16 hexadecimal digits that stand for these settings: a picture that is there already is told by them, where
+    `untold` finds nothing in them.
+    """
+    return _digest(json.dumps(described(settings, other), sort_keys=True))
+
+
+def untold(call: Mapping[str, Any]) -> list[str]:
+    """The arguments that no description tells from others: functions, such as callbacks, and objects of unknown
+    content.
+    """
+    found = []
+    for name, value in call.items():
+        unknown: list[Any] = []
+        described(value, unknown.append)
+        found += [name] * bool(unknown)
+    return found
 
 
 def _digest(*parts: Any) -> str:

@@ -37,6 +37,20 @@ def whole(file: Path, sync: bool = True) -> Iterator[Path]:
             partial.unlink()
 
 
+def in_the_making(partial: Path) -> bool:
+    """Whether another process of this machine is writing this file, or has its number. Only POSIX systems say so."""
+    pid = partial.name.rsplit(".", 2)[1]
+    if os.name != "posix" or not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)  # signal 0 is none: it only asks
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
 def append(file: Path, line: str) -> None:
     """Add a line to a text file.
 

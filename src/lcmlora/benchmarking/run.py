@@ -16,6 +16,7 @@ from ..compat import shows_bars, without_bars
 from ..devices import device_of, hardware
 from ..errors import CallError, PipelineError, brief
 from ..lora.sources import Given
+from ..moving import require_unshared
 from ..sheets.sweeping import SEED, CallArguments
 from ..state import is_accelerated
 from .advice import Facts, advise
@@ -89,6 +90,7 @@ def benchmark(
         load_seconds = clock() - began
     if is_accelerated(pipe):
         raise PipelineError("benchmark needs the pipe as it was: lcmlora.restore(pipe) first.")
+    require_unshared(pipe)
     calls = Calls.of(pipe, prompt, seed, _several(batch_sizes), {**(call or {}), **more})
     said = _settings(accelerate or {}, _several(recipes), _several(fused))
     states = states_of(pipe, calls, _pair(steps), base_guidance, said, own_steps=bool(recipes))

@@ -21,7 +21,7 @@ from ..calls import plain
 from ..compat import name_or_path, uncompiled
 from ..devices import PeakMemory, device_of, synchronize
 from ..errors import CallError, PipelineError, brief
-from ..parameters import Parameters, refuse
+from ..parameters import Parameters, is_text, refuse, whole
 from ..state import status
 from ..transition.records import pipe_record_of
 from ..warn import warn
@@ -84,9 +84,12 @@ class Calls:
             settings = inspect.signature(accelerated).parameters
             refuse(name, f"{takes.owner}'s call", f"accelerate={{{name!r}: ...}}" if name in settings else near)
         found = tuple(count("batch_sizes", batch, 1) for batch in batches)
+        if prompt is not None and not is_text(prompt):
+            raise CallError(f"prompt={brief(prompt)}: one text is expected.")
+        common = {**common, **takes.numbers(common)}
         if not found or (prompt is None and found != (1,)):
             raise CallError("batch_sizes: at least one is expected, and more than one picture a call needs a prompt.")
-        return cls(takes, takes.steps, takes.guidance or "", prompt, seed, found, common)
+        return cls(takes, takes.steps, takes.guidance or "", prompt, whole("seed", seed, 0), found, common)
 
     def arguments(self, batch: int, own: Mapping[str, Any]) -> dict[str, Any]:
         """Of one call. The generator is made anew, so that all calls draw the same pictures."""

@@ -6,7 +6,9 @@ for each family of commands. Nothing here loads torch before a command runs.
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 import click
 
@@ -31,6 +33,8 @@ Shell completion: eval "$(_LCMLORA_COMPLETE=bash_source lcmlora)"
 @click.version_option(__version__, prog_name="lcmlora")
 def main() -> None:
     """LCM-LoRA on any fine-tune: four steps instead of fifty, and the way back."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt in a file's name, where the locale is not UTF-8
     # transformers' hints on optional packages are none of our users' concern
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,8 @@ def _names(prompts: tuple[str, ...]) -> list[str]:
     names: list[str] = []
     for number, prompt in enumerate(prompts, 1):
         name = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:50].rstrip("-") or f"prompt-{number}"
-        names.append(f"{name}-{number}" if name in names else name)
+        numbered = (f"{name}-{more}" for more in itertools.count(number))
+        names.append(next(one for one in (name, *itertools.islice(numbered, len(prompts))) if one not in names))
     return names
 
 

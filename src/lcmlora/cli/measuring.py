@@ -15,6 +15,7 @@ from .options import (
     Call,
     Model,
     Numbers,
+    Pixels,
     Speed,
     as_data,
     call_options,
@@ -134,7 +135,7 @@ def compare(
 @click.option("--batch-sizes", type=Numbers(), help="Pictures a call, such as 1,4.")
 @click.option("--recipes", help="Several recipes, such as lcm,hyper-8.")
 @click.option("--try-advice", is_flag=True, help="Try what the advice says, and tell what it brought.")
-@click.option("--size", help="Width and height, such as 512x768.")
+@click.option("--size", type=Pixels(), help="Width and height, such as 512x768.")
 @click.option("--html", type=FILE, help="Write a page.")
 @click.option("--csv", type=FILE, help="Write the figures as a table.")
 @model_options

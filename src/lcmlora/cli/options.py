@@ -58,6 +58,9 @@ class Seeds(Numbers):
         return found
 
 
+_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+
+
 class Axis(click.ParamType[Any]):
     """An axis of a sheet: "steps=1,2,4-8"."""
 
@@ -73,7 +76,7 @@ class Axis(click.ParamType[Any]):
         try:
             return name.strip(), Numbers().convert(values, param, ctx)
         except click.BadParameter:  # schedulers, recipes, styles
-            return name.strip(), [part.strip() for part in values.split(",")]
+            return name.strip(), [_WORDS.get(part.strip().lower(), part.strip()) for part in values.split(",")]
 
 
 class Pixels(click.ParamType[Any]):
@@ -269,6 +272,10 @@ class Call:
     image: Path | None
     mask: Path | None
     strength: float | None
+
+    def __post_init__(self) -> None:
+        if self.mask and not self.image:
+            raise click.UsageError("--mask says where to paint on --image, which is missing.")
 
     @property
     def kind(self) -> str | None:

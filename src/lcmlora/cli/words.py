@@ -14,7 +14,8 @@ _OPTIONS = {
         name: name.replace("_", "-")
         for name in (
             *("base", "recipe", "lora", "weight_name", "weight", "fuse", "vae", "overwrite", "resume", "strict"),
-            *("steps", "guidance", "strength", "seed", "size", "image", "batch_size", "rows", "out", "alpha", "rank"),
+            *("steps", "guidance", "strength", "seed", "size", "image", "batch_size", "batch_sizes", "rows", "out"),
+            *("alpha", "rank"),
             *("learning_rate", "warmup", "schedule", "ema", "huber_c", "max_grad_norm", "solver_steps", "resolution"),
             *("gradient_accumulation", "log_every", "mixed_precision"),
         )

@@ -23,7 +23,7 @@ from ..progress import one_bar
 from ..transition.records import pipe_record_of
 from ..transition.target import Style
 from ..warn import warn
-from ..writing import require_writable
+from ..writing import in_the_making, require_writable
 from .processes import Processes
 from .reading import read
 from .records import MadeBy
@@ -192,11 +192,14 @@ class _Run:
             found = pictures.record_of(path)
         except DataError:
             found = {}
-        if found.get("key") == key:
+        same, unknown = found.get("key") == key, pictures.untold(row.call) if self._resume else []
+        if same and not unknown:
             return _Picture(row, settings, key, self._resume)
         if self._overwrite:
             return _Picture(row, settings, key, False)
         what = "was made with other settings" if found else "is there and was not made by lcmlora"
+        if same:
+            what = f"is there, and nothing tells whether its {', '.join(unknown)} was the same"
         raise DataError(f"{path} {what}: give another folder or name, or overwrite=True.")
 
     def draw(self, progress: bool) -> Generated:
@@ -230,7 +233,7 @@ class _Run:
         names = {self._out / one.row.name for batch in batches for one in batch}
         for folder in {path.parent for path in names if path.parent.is_dir()}:
             for partial in folder.glob(".*.partial"):
-                if folder / partial.name[1:].rsplit(".", 2)[0] in names:
+                if folder / partial.name[1:].rsplit(".", 2)[0] in names and not in_the_making(partial):
                     partial.unlink(missing_ok=True)
 
     def _draw_group(self, styles: Styles, batches: Sequence[Sequence[_Picture]], bar: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, brief
-from ..transition.target import Style, as_weight
+from ..parameters import as_weight
+from ..transition.target import Style
 
 Given = Mapping[str, Any] | str | DataError
 """A row: a dict, a prompt alone, or why a line is no row."""
 
 MOST_SEEDS = 100_000
 _SEED_RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
-_TEXTS = re.compile(r"prompt|^(name|file|styles?|seeds?|size)$|image|mask")
+_TEXTS = re.compile(r"prompt(_\d)?$|^(negative|name|file|styles?|seeds?|size)$|(image|mask)$")
 """Columns of a CSV whose cells stay text."""
 
 
@@ -57,7 +59,7 @@ def _row(row: Any) -> Given:
 
 
 def _json_lines(text: str, path: Path) -> Iterator[Given]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 and its like may stand in a text
         if line.strip():
             try:
                 yield _row(json.loads(line))
@@ -78,12 +80,24 @@ def _json_list(text: str, path: Path) -> Iterator[Given]:
 def _table(text: str, path: Path) -> Iterator[Given]:
     head = text.partition("\n")[0]
     separator = "\t" if path.suffix.lower() == ".tsv" else ";" if head.count(";") > head.count(",") else ","
-    for cells in csv.DictReader(text.splitlines(keepends=True), delimiter=separator):
+    table = csv.DictReader(io.StringIO(text), delimiter=separator)
+    try:
+        names = [name.strip() for name in table.fieldnames or () if name.strip()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise DataError(f"{path} has several columns of one name: {', '.join(sorted(twice))}.")
+        yield from _cells(table)
+    except csv.Error as error:
+        raise DataError(f"{path} can't be read: {error}.") from error
+
+
+def _cells(table: csv.DictReader[str]) -> Iterator[Given]:
+    for cells in table:
         if None in cells:
             yield DataError(f"there are more cells than columns ({', '.join(k for k in cells if k)}): quote commas.")
             continue
         found = {key.strip(): cell.strip() for key, cell in cells.items() if cell is not None and cell.strip()}
-        yield {key: cell if _TEXTS.search(key) else _number_or_text(cell) for key, cell in found.items()}
+        if found:  # spreadsheets end in rows of empty cells
+            yield {key: cell if _TEXTS.search(key) else _number_or_text(cell) for key, cell in found.items()}
 
 
 def _number_or_text(cell: str) -> Any:
@@ -95,7 +109,7 @@ def _number_or_text(cell: str) -> Any:
 
 
 def _prompts(text: str, path: Path) -> Iterator[Given]:
-    yield from (line.strip() for line in text.splitlines() if line.strip())
+    yield from (line.strip() for line in text.split("\n") if line.strip())
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json_list, ".csv": _table, ".tsv": _table, ".txt": _prompts}
@@ -109,6 +123,8 @@ def seeds_of(value: Any) -> list[int]:
     """
     expected = "a whole number from 0, or several such as '1-8' or '3,7', is expected"
     if isinstance(value, list | tuple | range):
+        if not len(value):
+            raise DataError(f"seed={brief(value)}: {expected}.")
         return [seed for one in value for seed in seeds_of(one)]
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         if not 0 <= int(value) < 2**63:

@@ -15,13 +15,16 @@ from .. import pictures
 from ..devices import device_of, hardware
 from ..layers import unet_of
 from ..lora.sources import Source
+from ..parameters import as_weight
 from ..pictures import file_digest
 from ..transition.records import PipeRecord, pipe_record_of, stands_for
 from ..transition.snapshot import COMPONENTS
-from ..transition.target import Style, as_weight
+from ..transition.target import Style
 from .rows import Row
 
 FORMAT = 1
+_BESIDE = ("controlnet", "adapter", "image_encoder", "motion_adapter")
+"""What else a picture is drawn with."""
 _NOT_SEEN = ("steps", "guidance", "fuse", "compile")
 """What tells no picture from another: the settings have the first two, the others change the last bits at most."""
 
@@ -46,12 +49,14 @@ class MadeBy:
             "dtype": str(getattr(unet_of(pipe), "dtype", None) or pipe.dtype).removeprefix("torch."),
             "scheduler": scheduler_of(pipe),
             "fingerprint": fingerprint(pipe),
-            "accelerated": _accelerated(self._record) if self._record else None,
+            "accelerated": _accelerated(pipe, self._record) if self._record else None,
         }
         how = {name: value for name, value in (self._facts["accelerated"] or {}).items() if name not in _NOT_SEEN}
         self.look()
         self._key_facts = {**self._facts, "accelerated": how, "lora": lora.get("sha256") or self._status["lora"]}
         del self._key_facts["model"]  # a place; the fingerprint tells models
+        if self._record is None:
+            self._key_facts["weights"] = found["weights"]
 
     def look(self) -> None:
         """See the pipe as it is now, which later records tell of: its styles may have changed."""
@@ -126,7 +131,7 @@ def _rounded(weight: Any) -> Any:
     return weight if number is None else round(number, 6)
 
 
-def _accelerated(record: PipeRecord) -> dict[str, Any]:
+def _accelerated(pipe: Any, record: PipeRecord) -> dict[str, Any]:
     """How the pipe was accelerated, as arguments of `accelerate`."""
     settings = record.settings
     if record.baked:
@@ -140,6 +145,7 @@ def _accelerated(record: PipeRecord) -> dict[str, Any]:
         "fuse": applied.target.fuse,
         "compile": applied.target.compile,
         "vae": vae if vae is None else os.path.abspath(vae) if os.path.exists(vae) else os.fspath(vae),
+        "vae_digest": None if vae is None else vae_of(pipe),
         "steps": settings.policy.steps,
         "guidance": settings.policy.guidance,
         "enforce_inference_steps": settings.policy.enforce_inference_steps,
@@ -147,9 +153,25 @@ def _accelerated(record: PipeRecord) -> dict[str, Any]:
 
 
 def fingerprint(pipe: Any) -> str:
-    """A digest of what no LoRA touches in the UNet and the text encoders: norms and biases. A fine-tune has others."""
+    """A digest of what no LoRA touches: the models' norms and biases, without what lcmlora put in. A fine-tune has
+    others.
+    """
+    return _digest_of(*(getattr(pipe, name, None) for name in (*COMPONENTS, *_BESIDE)), _own_vae(pipe))
+
+
+def vae_of(pipe: Any) -> str:
+    """The same of the VAE that is in the pipe now."""
+    return _digest_of(getattr(pipe, "vae", None))
+
+
+def _own_vae(pipe: Any) -> Any:
+    record, now = pipe_record_of(pipe), getattr(pipe, "vae", None)
+    return record.found.vae if record is not None and now is record.made.vae else now
+
+
+def _digest_of(*models: Any) -> str:
     found = []
-    for model in (getattr(pipe, name, None) for name in COMPONENTS):
+    for model in models:
         parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
         own = [p.detach() for name, p in parameters if p.ndim == 1 and len(p) and not _ADDED.search(name)]
         some = [vector[:: max(1, len(vector) // 8)].double() for vector in own if not vector.is_meta]

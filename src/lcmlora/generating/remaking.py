@@ -18,12 +18,13 @@ from ..calls import plain
 from ..devices import device_of
 from ..errors import DataError, LoraFileError, PipelineError
 from ..lora.sources import LoraFile, Source
+from ..parameters import as_weight
 from ..pictures import file_digest
-from ..state import is_accelerated
-from ..transition.target import Style, as_weight
+from ..transition.records import pipe_record_of
+from ..transition.target import Style
 from ..warn import warn
 from .loop import drawn
-from .records import FORMAT, fingerprint, scheduler_of
+from .records import FORMAT, fingerprint, scheduler_of, vae_of
 from .rows import Row
 
 
@@ -52,7 +53,7 @@ def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
     how = _how(record)
     if pipe is None:
         pipe = _load(record)
-    elif is_accelerated(pipe):
+    elif (now := pipe_record_of(pipe)) and not (now.baked and (record["accelerated"] or {}).get("baked")):
         raise PipelineError("again needs the pipe as it was: lcmlora.restore(pipe) first.")
     if plain(type(pipe)).__name__ != record["pipeline"]:
         raise PipelineError(f"{picture} was made by a {record['pipeline']}, and this is a {type(pipe).__name__}.")
@@ -63,14 +64,16 @@ def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
         stack.enter_context(_scheduled(pipe, record["scheduler"]))
         if how is not None:
             stack.enter_context(accelerated(pipe, **how))
-            _verify(record, pictures.provenance(pipe))
+            _verify(record, pipe)
+        if pictures.provenance(pipe)["weights"] != record["weights"]:
+            warn("some weights are others than those that drew the picture, so it may differ.")
         return drawn(pipe, [row])[0]
 
 
 _FIELDS: Mapping[str, Any] = {
     **dict.fromkeys(("seed", "batch"), int),
     **dict.fromkeys(("settings", "files", "loras", "versions"), dict),
-    **dict.fromkeys(("pipeline", "dtype", "device", "fingerprint"), str),
+    **dict.fromkeys(("pipeline", "dtype", "device", "fingerprint", "weights"), str),
     **dict.fromkeys(("in_memory",), list),
     **dict.fromkeys(("accelerated", "scheduler", "status"), dict | None),
     **dict.fromkeys(("prompt", "model"), str | None),
@@ -192,8 +195,11 @@ def _scheduled(pipe: Any, scheduler: Mapping[str, Any] | None) -> Iterator[None]
         pipe.scheduler = own
 
 
-def _verify(record: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _verify(record: Mapping[str, Any], pipe: Any) -> None:
     """See that the pipe is what the record says."""
+    now, made = pictures.provenance(pipe), record["accelerated"]
+    if made["vae"] and made.get("vae_digest") != vae_of(pipe):
+        raise PipelineError(f"the picture was made with VAE {made['vae']}, which has other weights now.")
     for part in ("base", "recipe", "scheduler"):
         was, found = record["status"][part], now["status"][part]
         if was != found:

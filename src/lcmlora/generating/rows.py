@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 import os
 import re
 import warnings
@@ -12,16 +10,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from diffusers.utils import load_image
 from PIL import Image, ImageOps
 
 from ..acceleration import rehearse
 from ..calls import plain
-from ..errors import CallError, DataError, LcmLoraError, LcmLoraWarning, brief
-from ..parameters import Parameters, near_match
+from ..errors import DataError, LcmLoraError, LcmLoraWarning, brief
+from ..parameters import Parameters, as_weight, is_text, near_match, whole
 from ..state import status
 from ..transition.records import pipe_record_of
-from ..transition.target import Style, as_weight
+from ..transition.target import Style
 from .reading import Given, Wanted, seeds_of, size_of, styles_of
 
 SEED = 0
@@ -148,8 +147,7 @@ class Rows:
         if fit:
             asked |= {k: ImageOps.fit(v, fit, _FILTER) for k, v in asked.items() if isinstance(v, Image.Image)}
         files = {key: self._file(key, asked.pop(key)) for key in [*asked] if _is_file(key, asked[key])}
-        self._check_numbers(asked)
-        self._check_call({**asked, **files})
+        self._check_call(asked, files)
         for seed in seeds:
             front = f"{number:04d}" if name is None else name
             file = self._file_name(front, None if name is not None and len(seeds) == 1 else seed)
@@ -164,7 +162,7 @@ class Rows:
             if name in found:
                 raise DataError(f"{name} is given twice, once as {key}.")
             if value is not None:
-                found[name] = value
+                found[name] = value.item() if isinstance(value, np.generic) else value
         return found
 
     def _check_names(self, asked: Mapping[str, Any]) -> None:
@@ -175,33 +173,18 @@ class Rows:
             hint = f" Is {near} meant?" if near else ""
             raise DataError(f"{self.takes.owner}'s call takes no {name!r}.{hint}")
         needs_prompt = "prompt" in self.takes.defaults and "prompt_embeds" not in asked
-        if needs_prompt and not isinstance(asked.get("prompt"), str):
+        if needs_prompt and not is_text(asked.get("prompt")):
             given = f"prompt={brief(asked['prompt'])}: one text is expected." if "prompt" in asked else "no prompt."
             raise DataError(given)
 
-    def _check_numbers(self, asked: dict[str, Any]) -> None:
-        """Refuse numbers that no call could use, and make plain ones of those of other types."""
-        steps, guidance, strength = self.takes.steps, self.takes.guidance, self.takes.strength
-        for name in asked.keys() & {steps, "width", "height"}:
-            asked[name] = _whole(name, asked[name], 1 if name == steps else 8)
-        for name in asked.keys() & {guidance, strength}:
-            number = as_weight(asked[name])
-            if number is None or not math.isfinite(number) or (name == strength and not 0 <= number <= 1):
-                raise DataError(
-                    f"{name}={brief(asked[name])}: a number{' from 0 to 1' * (name == strength)} is expected."
-                )
-            asked[name] = number
-
-    def _check_call(self, asked: dict[str, Any]) -> None:
-        """Ask the pipe's policy, where it has one, what the call itself would say."""
+    def _check_call(self, asked: dict[str, Any], files: Mapping[str, Path]) -> None:
+        """Refuse numbers that no call could use, and what the pipe's policy, where it has one, would refuse."""
+        asked |= self.takes.numbers(asked)
         if self._policy is None:
             return
         with warnings.catch_warnings():  # the call warns itself
             warnings.simplefilter("ignore", LcmLoraWarning)
-            try:
-                self._policy.complete(self.takes, self._pipe, (), dict(asked), [])
-            except CallError as error:
-                raise DataError(str(error)) from error
+            self._policy.complete(self.takes, self._pipe, (), {**asked, **files}, [])
 
     def _sized(self, asked: dict[str, Any]) -> tuple[int, int] | None:
         """Put a size into width and height; where the call takes none, it is that of the pictures given."""
@@ -213,7 +196,7 @@ class Rows:
             return None
         if not {"width", "height"} <= asked.keys() or "image" not in asked:
             raise DataError(f"{self.takes.owner} draws in the size of its picture: give width, height and image.")
-        return _whole("width", asked.pop("width"), 8), _whole("height", asked.pop("height"), 8)
+        return whole("width", asked.pop("width"), of=8), whole("height", asked.pop("height"), of=8)
 
     def _file(self, key: str, given: Any) -> Path:
         if key not in self.takes.defaults:  # some pipelines swallow what they do not know
@@ -290,16 +273,4 @@ def why_not(pipe: Any, styles: Mapping[str, Any]) -> str:
 
 
 def _is_file(name: str, value: Any) -> bool:
-    return isinstance(value, str | os.PathLike) and ("image" in name or name.endswith("mask"))
-
-
-def _whole(name: str, value: Any, of: int) -> int:
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or number % of:
-        raise DataError(
-            f"{name}={brief(value)}: a whole number{f', a multiple of {of},' if of > 1 else ''} is expected."
-        )
-    return number
+    return isinstance(value, str | os.PathLike) and name.endswith(("image", "mask"))

@@ -6,6 +6,9 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
 from ..acceleration import accelerate
 from ..errors import CallError, brief
 from ..parameters import Parameters
@@ -60,19 +63,24 @@ def places(axis: Axis | None, what: str) -> tuple[Place, ...]:
     """
     if axis is None:
         return (NOWHERE,)
-    if not isinstance(axis, Mapping) or not axis:
+    if not isinstance(axis, Mapping) or not axis or not all(isinstance(name, str) for name in axis):
         raise CallError(
             f"{what}={brief(axis)}: one name and its values are expected, such as {what}={{'steps': (1, 2)}}."
         )
     if all(isinstance(settings, Mapping) for settings in axis.values()):
-        return tuple(Place(str(label), settings) for label, settings in axis.items() if isinstance(settings, Mapping))
+        return tuple(Place(label, settings) for label, settings in axis.items() if isinstance(settings, Mapping))
     (name, values), *more = axis.items()
     if more or isinstance(values, str) or not isinstance(values, Iterable) or not (given := tuple(values)):
         raise CallError(
             f"{what}={brief(axis)}: one name with one or more values is expected, such as {what}={{'steps': (1, 2)}}, "
             f"or labels with settings: {what}={{'4 steps, tcd': {{'steps': 4, 'recipe': 'tcd'}}}}."
         )
-    return tuple(Place(_label(name, value), {name: value}) for value in given)
+    return tuple(Place(_label(name, value), {name: value}) for value in map(_plain, given))
+
+
+def _plain(value: Any) -> Any:
+    """A value; one number of numpy's or torch's as a plain number."""
+    return value.item() if isinstance(value, np.generic | np.ndarray | torch.Tensor) and not value.shape else value
 
 
 def _label(name: str, value: Any) -> str:
@@ -105,6 +113,31 @@ def call_of(asked: Mapping[str, Any], takes: Parameters) -> dict[str, Any]:
     """The arguments of the call among settings, by the pipeline's own names."""
     own = {"steps": takes.steps, "guidance": takes.guidance}
     return {own.get(name) or name: value for name, value in asked.items() if not is_state(name) and name != "seed"}
+
+
+def check_given_once(
+    columns: Iterable[Place], down: Iterable[Place], fixed: Mapping[str, Any], takes: Parameters
+) -> None:
+    """Refuse a setting that has no effect, as another one stands in its place in every cell.
+
+    Raises:
+        CallError: there is one.
+    """
+    across, below = (_in_all(axis, takes) for axis in (columns, down))
+    for name in sorted(across & below):
+        raise CallError(f"{name}: x gives it, and y too: one is enough.")
+    for name in sorted(_names(fixed, takes) & (across | below)):
+        value = call_of(fixed, takes).get(name, fixed.get(name))
+        each = "column" if name in across else "line"
+        raise CallError(f"{name}={brief(value)} is given for all cells, and each {each} has its own: leave one out.")
+
+
+def _in_all(axis: Iterable[Place], takes: Parameters) -> set[str]:
+    return set.intersection(*(_names(place.asked, takes) for place in axis if not place.apart))
+
+
+def _names(asked: Mapping[str, Any], takes: Parameters) -> set[str]:
+    return call_of(asked, takes).keys() | {name for name in asked if is_state(name) or name == "seed"}
 
 
 def labelled(label: str, asked: Mapping[str, Any], ran: Mapping[str, Any], takes: Parameters) -> str:

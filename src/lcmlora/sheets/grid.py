@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import pictures
 from ..acceleration import accelerate as accelerate_verb
 from ..calls import plain
-from ..errors import CallError, PipelineError, brief
-from ..parameters import Parameters, near_match, refuse
-from .axes import Place, call_of, labelled
+from ..errors import CallError, LcmLoraWarning, PipelineError, brief
+from ..parameters import Parameters, is_text, near_match, refuse, whole
+from ..policy import Policy
+from .axes import STATE, Place, call_of, check_given_once, labelled
 from .sheet import Cell, Line, Sheet
 from .states import State
 
@@ -21,7 +23,9 @@ _OURS = {
     "prompt": "the prompts of a sheet are its second argument",
     "generator": "every picture has a generator of its own: give seed",
     "num_images_per_prompt": "a cell is one picture: give several seeds, x={'seed': range(4)}",
+    "prompt_embeds": "the prompts of a sheet are texts",
     "return_dict": "a sheet needs the pipeline's own output",
+    "size": "give width and height: x={'64 x 64': {'width': 64, 'height': 64}}",
 }
 
 
@@ -65,9 +69,12 @@ class Grid:
             LcmLoraError: what a cell asks for can't be.
         """
         texts = (prompts,) if isinstance(prompts, str) or not isinstance(prompts, Iterable) else tuple(prompts)
-        if not texts or not all(isinstance(text, str) for text in texts):
+        if not texts or not all(map(is_text, texts)):
             raise CallError(f"prompts={brief(prompts)}: one prompt or several are expected.")
         takes = _takes(pipe, [*(place.asked for place in (*columns, *down)), call], accelerate)
+        check_given_once(
+            columns, down, {**call, **{name: accelerate[name] for name in accelerate.keys() & STATE}}, takes
+        )
         states: dict[str, State] = {}
         cells = []
         for (line, (prompt, below)), (column, place) in itertools.product(
@@ -75,11 +82,14 @@ class Grid:
         ):
             asked = {**call, **place.beside(below)}
             state = State.of(pipe, asked, accelerate)
-            state = states.setdefault(pictures.key(dataclasses.asdict(state)), state)
-            cells.append(Wanted(line, column, prompt, int(asked.get("seed", seed)), state, call_of(asked, takes)))
-        for state in states.values():
-            state.check(pipe)
-        return cls(pipe, takes, texts, columns, down, tuple(cells))
+            state = states.setdefault(pictures.key({"state": state}, id), state)
+            own = call_of(asked, takes)
+            own |= takes.numbers(own)
+            cells.append(Wanted(line, column, prompt, whole("seed", asked.get("seed", seed), 0), state, own))
+        grid = cls(pipe, takes, texts, columns, down, tuple(cells))
+        for state, of_it in grid.by_state():
+            _check_calls(state.check(pipe), of_it, grid)
+        return grid
 
     def by_state(self) -> Iterator[tuple[State, list[Wanted]]]:
         """The cells of each state: bringing a pipe to one may cost a merge, so a state is brought about once."""
@@ -106,6 +116,28 @@ class Grid:
     def _label(self, place: Place, cells: Iterator[Cell]) -> str:
         labels = {labelled(place.label, place.asked, cell.row, self.takes) for cell in cells}
         return labels.pop() if len(labels) == 1 else place.label
+
+
+def _check_calls(policy: Policy | None, cells: Iterable[Wanted], grid: Grid) -> None:
+    """Refuse what the calls of an accelerated pipe would refuse, and calls of the plain one in which no step is left.
+
+    Raises:
+        CallError: there is such a call.
+    """
+    if policy is None:
+        for cell in cells:
+            steps = cell.call.get(grid.takes.steps or "", grid.takes.defaults.get(grid.takes.steps or ""))
+            strength = grid.takes.strength_of(cell.call)
+            if strength is not None and isinstance(steps, int) and not int(steps * strength):
+                raise CallError(
+                    f"strength={strength:g} leaves none of {steps} steps of the pipe without the LCM-LoRA."
+                )
+        return
+    policy = dataclasses.replace(policy)  # one that has told nothing: the calls warn themselves
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LcmLoraWarning)
+        for cell in cells:
+            policy.complete(grid.takes, grid.pipe, (), {"prompt": cell.prompt, **cell.call}, [])
 
 
 def _takes(pipe: Any, asked: Sequence[Mapping[str, Any]], accelerate: Mapping[str, Any]) -> Parameters:

@@ -11,7 +11,8 @@ import diffusers
 
 from ..acceleration import accelerate, accelerated, as_it_was, plainly, rehearse
 from ..errors import CallError, PipelineError, brief
-from ..moving import require_originals
+from ..moving import require_originals, require_unshared
+from ..policy import Policy
 from ..state import is_accelerated, status
 from ..transition.records import pipe_record_of
 from ..transition.target import Style
@@ -43,6 +44,8 @@ class State:
         scheduler = own.pop("scheduler", None)
         default = bool(own or fixed or is_accelerated(pipe)) and scheduler is None
         fast = own.pop("accelerated", default)
+        if not isinstance(fast, bool):
+            raise CallError(f"accelerated={brief(fast)}: True or False is expected.")
         if not fast and own:
             raise CallError(
                 f"{', '.join(sorted(own))}: the pipe as it was, without the LCM-LoRA, has no such setting."
@@ -51,22 +54,28 @@ class State:
             raise CallError(
                 "scheduler is of the plain pipe: an accelerated one has its recipe's. Vary recipe instead."
             )
-        return cls(bool(fast), _with_styles(pipe, {**fixed, **own}) if fast else {}, _scheduler(scheduler))
+        return cls(fast, _with_styles(pipe, {**fixed, **own}) if fast else {}, _scheduler(scheduler))
 
-    def check(self, pipe: Any) -> None:
+    def check(self, pipe: Any) -> Policy | None:
         """Refuse what can't be, before anything is drawn.
+
+        Returns:
+            What the accelerated pipe does with its calls' arguments.
 
         Raises:
             LcmLoraError: as `accelerate` or `restore`.
         """
         record = pipe_record_of(pipe)
         if self.accelerated and (self.settings or record is None):
-            rehearse(pipe, **self.settings)
-        elif not self.accelerated and record is not None:
+            return rehearse(pipe, **self.settings)
+        if not self.accelerated:
+            require_unshared(pipe)
+        if not self.accelerated and record is not None:
             if record.baked:
                 raise PipelineError("this pipe was baked: there is no pipe without the LCM-LoRA to compare with.")
             for module in record.modules.values():
                 require_originals(module, "show the pipe without the LCM-LoRA")
+        return record.settings.policy if self.accelerated and record is not None else None
 
     def block(self, pipe: Any) -> AbstractContextManager[Any]:
         """The pipe in this state, for the length of a block."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -16,14 +17,15 @@ from .. import pictures
 from ..acceleration import accelerate as accelerate_verb
 from ..calls import plain
 from ..devices import PeakMemory, device_of, synchronize
-from ..errors import CallError, PipelineError, brief
+from ..errors import CallError, DataError, PipelineError, brief
 from ..lora.sources import Given
-from ..parameters import refuse
+from ..parameters import Parameters, refuse
 from ..progress import one_bar
 from ..recipe import by_name as recipe_of
 from ..state import is_accelerated, status
 from ..transition.records import pipe_record_of
 from ..warn import warn
+from ..writing import require_writable
 from .axes import STYLE, Axis, Place, places
 from .grid import Grid, Wanted
 from .metrics import Metric, measured
@@ -128,6 +130,8 @@ def sweep(
             )
     grid = Grid.of(pipe, prompts, columns, down, seed, accelerate or {}, {**(call or {}), **more})
     kept = Path(folder) if folder is not None else None
+    if kept is not None:
+        require_writable(kept / "cells")
     sheet = grid.sheet(_drawn(grid, title or "sweep", kept), title)
     if metrics and sheet.images:
         sheet = _measured(sheet, metrics)
@@ -156,7 +160,7 @@ def _measured(sheet: Sheet, metrics: Mapping[str, Metric]) -> Sheet:
     """The sheet with its numbers. Pictures that took an hour are not lost to a metric that fails."""
     try:
         return measured(sheet, metrics)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         warn(f"the sheet has no metrics, as one of them failed: {type(error).__name__}: {error}")
         return sheet
 
@@ -167,12 +171,12 @@ def _about(pipe: Any) -> dict[str, Any]:
 
 
 def _kept(grid: Grid, cell: Wanted, about: Mapping[str, Any], folder: Path | None) -> Cell:
-    """A cell from the folder, or drawn and put there."""
-    if folder is None:
+    """A cell from the folder, or drawn and put there; a callback does not tell what it is, so such a cell is drawn."""
+    if folder is None or pictures.untold(cell.call):
         return _draw(grid, cell)
     key = pictures.key({**about, "prompt": cell.prompt, "seed": cell.seed, "call": cell.call})
     file = folder / "cells" / f"{key}.png"
-    if file.exists():
+    with suppress(DataError):  # it is not there, or damaged
         image, record = pictures.load(file)
         return Cell(image, record["row"])
     drawn = _draw(grid, cell)
@@ -261,7 +265,7 @@ def sweep_steps(
         least, most = recipe.within
         own, kind = range(least, max(least, min(most, 8)) + 1), recipe.title.partition(" ")[2]
     more.setdefault("title", f"{kind} over steps")
-    return sweep(pipe, prompts, {"steps": tuple(steps or own)}, **more)
+    return sweep(pipe, prompts, {"steps": own if steps is None else steps}, **more)
 
 
 def sweep_guidance(
@@ -278,7 +282,7 @@ def sweep_guidance(
     Args and returns: see `sweep`.
     """
     more.setdefault("title", "over guidance")
-    return sweep(pipe, prompts, {"guidance": tuple(guidance)}, **more)
+    return sweep(pipe, prompts, {"guidance": guidance}, **more)
 
 
 def sweep_weights(
@@ -298,7 +302,7 @@ def sweep_weights(
     """
     y = None
     if isinstance(style, Mapping):
-        y = {f"{STYLE}{name}": tuple(weights) for name, weights in style.items()}
+        y = {f"{STYLE}{name}": weights for name, weights in style.items()}
     elif style is not None:
         known = [
             *((more.get("accelerate") or {}).get("styles") or (status(pipe).styles if is_accelerated(pipe) else {}))
@@ -307,9 +311,9 @@ def sweep_weights(
             raise CallError(
                 f"style: which one is meant? Type style={{'{known[0] if known else 'ink'}': (0, 0.5, 1)}}."
             )
-        y = {f"{STYLE}{known[0]}": tuple(style)}
+        y = {f"{STYLE}{known[0]}": style}
     more.setdefault("title", "over weights")
-    return sweep(pipe, prompts, {"weight": tuple(lcm)}, y, **more)
+    return sweep(pipe, prompts, {"weight": lcm}, y, **more)
 
 
 def compare(
@@ -327,7 +331,7 @@ def compare(
     Args:
         pipe: a pipeline, accelerated or not. It is given back as it was.
         prompts: one or several.
-        base_steps: of the pipe without the LCM-LoRA.
+        base_steps: of the pipe without the LCM-LoRA; by default as many of these as a strength leaves a step.
         lcm_steps: of the accelerated pipe.
         base_guidance: `guidance_scale` without the LCM-LoRA; None is the pipeline's own default.
         recipes: recipes to have a column each, in the place of `lcm_steps`, at their own steps; where they map to
@@ -338,6 +342,9 @@ def compare(
     guided = {} if base_guidance is None else {"guidance": base_guidance}
     settings = more.get("accelerate") or {}
     columns: dict[str, Mapping[str, Any]] = {}
+    if base_steps is BASE_STEPS and callable(pipe):
+        strength = Parameters.of(plain(type(pipe)), "__call__").strength_of({**(more.get("call") or {}), **more})
+        base_steps = [count for count in BASE_STEPS if strength is None or int(count * strength)]
     for count in base_steps:
         columns[f"base, {_steps(count)}"] = {"accelerated": False, "steps": count, **guided}
     files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)

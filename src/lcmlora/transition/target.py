@@ -20,6 +20,7 @@ from ..errors import BaseModelError, LoraFileError, PipelineError, brief
 from ..lora.merge import Weight
 from ..lora.originals import KEEPS, Keep
 from ..lora.sources import Given, HubOptions, Source, not_a_source
+from ..parameters import as_weight
 
 LCM = "lcmlora_lcm"
 """The name of our own adapter where `adapter_name` gives no other. Styles have the names they are given."""
@@ -204,16 +205,6 @@ def is_adapter_name(name: Any) -> bool:
     if not isinstance(name, str) or not name or "." in name:
         return False
     return not any(hasattr(holder, name) for holder in (nn.ModuleDict(), nn.ParameterDict()))  # "train", "keys", ...
-
-
-def as_weight(value: Any) -> float | None:
-    """A number as a plain float, numpy's and torch's too; None for everything else."""
-    if isinstance(value, bool | str | bytes | Mapping) or not hasattr(value, "__float__"):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # an array or tensor of several numbers
-        return None
 
 
 def check_weight(what: str, weight: Any) -> None:
