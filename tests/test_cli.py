@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +32,13 @@ def model(tmp_path_factory) -> Path:
     tiny_lora(pipe, folder / "lcm.safetensors")
     tiny_lora(pipe, folder / "ink.safetensors", only=lambda name: name.endswith("to_q"), seed=2)
     Image.new("RGB", (24, 16), "teal").save(folder / "teal.png")
+    for name, text in (
+        ("empty.txt", b""),
+        ("odd.txt", b"\xff"),
+        ("p.txt", b"a fox"),
+        ("p.jsonl", b'{"title": "a fox"}'),
+    ):
+        (folder / name).write_bytes(text)
     return folder
 
 
@@ -261,16 +269,21 @@ def test_wrong_usage_is_exit_code_2(what, shell, model):
         ("generate x -m {pipe} --lora none/none --local-files-only", "LoRA none/none"),
         ("generate x -m {pipe} --device nonsense", "nonsense"),
         ("generate --rows none.txt -m {pipe}", "does not exist"),
+        ("distill {pipe} {at}/teal.png out", "teal.png: a folder, or a file that ends in"),
+        ("distill {pipe} --prompts {at}/empty.txt out", "Error: {at}/empty.txt holds no picture and no prompt"),
+        ("distill {pipe} --prompts {at}/p.txt out --validation-prompts {at}/odd.txt", "odd.txt is no text in UTF-8"),
+        ("distill {pipe} {at}/p.jsonl out", "its columns are 'title'; --text-column says"),
+        ("distill {pipe} {at}/p.jsonl out --text-column title --cache-limit 1e-9", "more than --cache-limit 1e-09"),
         ("generate x -m {pipe} --out {lcm}/x", "can't be written to"),
         ("bake {at} -m {pipe}", "is no checkpoint"),
         ("demo --out {lcm}/x", "can't be written to"),
         ("inspect none.safetensors", "LoRA"),
     ],
 )
-def test_a_refusal_is_one_line_and_no_traceback(line, words, shell):
+def test_a_refusal_is_one_line_and_no_traceback(line, words, shell, model):
     shown = shell(line)
     assert shown.exit_code in (1, 2)
-    assert words in shown.stderr
+    assert words.format(at=model) in shown.stderr
     assert "Traceback" not in shown.output
     assert isinstance(shown.exception, SystemExit)
     assert shown.stdout == ""
@@ -322,6 +335,12 @@ def test_an_output_that_cannot_be_written_is_found_before_anything_is_loaded(lin
 )
 def test_messages_name_the_shell_s_options(message, words):
     assert in_shell_words(message) == words
+
+
+def test_every_setting_of_distill_has_its_word():
+    """`compile=` is another command's too, which has no such option."""
+    names = {field.name for field in dataclasses.fields(lcmlora.DistillConfig)} - {"compile"}
+    assert {in_shell_words(f"{name}=3") for name in names} == {f"--{name.replace('_', '-')} 3" for name in names}
 
 
 def test_every_option_that_messages_may_name_is_there(shell):

@@ -294,15 +294,21 @@ def made(tmp_path):
     folder = tmp_path / "fox-lcm"
     folder.mkdir()
     export.save(state_for(tiny_unet()), folder, alpha=2, recipe="tcd", kohya=True)
-    for name in ("sheet.png", "log.jsonl", "checkpoint.pt", ".x.partial"):
+    for name in (
+        "validation/sheet.png",
+        "log.jsonl",
+        "checkpoint.pt",
+        ".x.partial",
+        "latents/0.safetensors",
+        "my.png",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    (folder / "cache").mkdir()
-    (folder / "cache/0.safetensors").write_text("x")
     return folder
 
 
 def card_of(folder, base="me/foxes"):
-    pictures = ("sheet.png", "none.png")
+    pictures = ("validation/sheet.png", "none.png")
     card = write_card(folder / export.WEIGHT_NAME, base=base, settings={"rank": 4, "w": 3.5}, pictures=pictures)
     return card.read_text(encoding="utf-8")
 
@@ -312,7 +318,12 @@ def test_the_card_says_what_it_is_and_how_to_use_it(made):
     front = ModelCard(text).data
     assert (front.base_model, front.library_name, front.license) == ("me/foxes", "diffusers", None)
     assert {"lora", "tcd-lora"} <= set(front.tags)
-    for part in ("# fox-lcm", "![sheet.png](sheet.png)", "| w | 3.5 |", "`pytorch_lora_weights_kohya.safetensors`"):
+    for part in (
+        "# fox-lcm",
+        "![validation/sheet.png](validation/sheet.png)",
+        "| w | 3.5 |",
+        "`pytorch_lora_weights_kohya.safetensors`",
+    ):
         assert part in text
     assert "none.png" not in text
     assert "TCDScheduler.from_config(pipe.scheduler.config)" in text
@@ -338,11 +349,9 @@ def test_what_goes_to_the_hub(made, monkeypatch):
     card_of(made)
     sent = {}
 
-    def upload_folder(self, *, folder_path, allow_patterns, ignore_patterns, **rest):
+    def upload_folder(self, *, folder_path, allow_patterns, **rest):
         paths = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        sent.update(
-            rest, files=set(filter_repo_objects(paths, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-        )
+        sent.update(rest, files=set(filter_repo_objects(paths, allow_patterns=allow_patterns)))
         return SimpleNamespace(commit_url="https://hub/commit")
 
     def create_repo(self, repo_id, private, exist_ok):
@@ -355,7 +364,27 @@ def test_what_goes_to_the_hub(made, monkeypatch):
     assert (sent["repo_id"], sent["private"], sent["token"]) == ("me/fox", True, "t")
     weights = {export.WEIGHT_NAME, "pytorch_lora_weights_kohya.safetensors"}
     assert 'load_lora_weights("me/fox"' in (made / "README.md").read_text(encoding="utf-8")
-    assert sent["files"] == {*weights, "README.md", "sheet.png", "log.jsonl"}
+    assert sent["files"] == {*weights, "README.md", "validation/sheet.png", "log.jsonl"}
+
+
+def test_a_card_names_what_it_is_of_whatever_it_is_called(tmp_path, monkeypatch):
+    """A folder may be called as a tag is, or not at all like a name; a base may be the embedded model."""
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **given: SimpleNamespace(commit_url="x"))
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **given: SimpleNamespace(repo_id=repo_id))
+    for name in ("lora", 'my "fox" | 1'):
+        file = export.save(state_for(tiny_unet()), tmp_path / name, alpha=2)
+        card = write_card(file, base="pocket:chalk", settings={"x": "a|b"})
+        for _ in ("as it was made", "as it was uploaded"):
+            text = card.read_text(encoding="utf-8")
+            for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+                compile(block, "card", "exec")
+                assert 'load_pocket("chalk")' in block
+            assert "| x | a\\|b |" in text
+            assert ModelCard(text).data.tags == ["text-to-image", "diffusers", "lora", "lcm-lora", "lcmlora"]
+            push_to_hub(tmp_path / name, "me/fox")
+        assert text.count('"me/fox"') == 2
+    card.write_bytes(b"caf\xe9")
+    assert write_card(file, base="me/x", settings={}).read_bytes() == b"caf\xe9"
 
 
 def test_a_refusal_of_the_hub_is_one_sentence(made, tmp_path):

@@ -85,6 +85,7 @@ def test_a_chart_of_little_is_a_chart(points, log):
     svg = made("line_chart", {NASTY: points}, title=NASTY, x_label="step", y_label="loss", log=log)
     assert "<script" not in svg
     assert "nan" not in svg
+    assert ("<circle" in svg) is (" " not in drawn["lines"][0][1] != "")  # no line
 
 
 def test_a_page_without_what_its_template_names_is_an_error():

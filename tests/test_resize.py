@@ -130,7 +130,7 @@ def test_what_can_t_be_resized_is_refused(tmp_path):
     unet = sd_pipe().unet
     source = write_lora(tmp_path / "a.safetensors", unet)
     out = tmp_path / "b.safetensors"
-    for rank in (0, 4, 5, 1.5):
+    for rank in (0, 4, 5, 1.5, True):
         with pytest.raises(lcmlora.LoraFileError, match=rf"rank={rank}: 1 to 3 is expected for a\.safetensors"):
             lcmlora.resize_lora(source, rank, out)
     with pytest.raises(lcmlora.LoraFileError, match="is the source itself; give another file"):

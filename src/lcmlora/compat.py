@@ -84,6 +84,23 @@ def forget_compilation(module: nn.Module) -> None:
     module.__dict__.pop(COMPILED, None)
 
 
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """A model that computes eagerly and keeps its activations, whatever `compile` and gradient checkpointing made of
+    it: compiled blocks are called past hooks, and activations are computed anew past `functional_call`.
+    """
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func", COMPILED)
+    before = [(one, {n: one.__dict__[n] for n in names if n in one.__dict__}) for one in model.modules()]
+    try:
+        for one, own in before:
+            forget_compilation(one)
+            one.__dict__.update({"gradient_checkpointing": False} if "gradient_checkpointing" in own else {})
+        yield
+    finally:
+        for one, own in before:
+            one.__dict__.update(own)
+
+
 def repeated_blocks(unet: nn.Module) -> set[str]:
     """Names of the block classes that diffusers compiles one by one."""
     return set(getattr(unet, "_repeated_blocks", None) or ("BasicTransformerBlock",))
@@ -211,16 +228,20 @@ def progress_bar_config(pipe: Any) -> dict[str, Any] | None:
     return getattr(pipe, _BARS, None)
 
 
-def accelerate_in_use() -> bool:
-    """Whether somebody has made an `accelerate.Accelerator` in this process: its settings are global."""
-    from accelerate.state import AcceleratorState
-
-    return bool(AcceleratorState._shared_state)
-
-
-def forget_accelerate() -> None:
-    """Let the next `accelerate.Accelerator` of this process have settings of its own."""
+@contextmanager
+def own_accelerate() -> Iterator[None]:
+    """A block whose `accelerate.Accelerator` has settings of its own, which are the process's otherwise: those of
+    another one are back afterwards. Devices and process groups stay.
+    """
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
+    states = [kind._shared_state for kind in (AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    try:
+        for state in states:
+            state.clear()
+        yield
+    finally:
+        for state, was in zip(states, before, strict=True):
+            state.clear()
+            state.update(was)

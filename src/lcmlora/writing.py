@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import DataError
+
+PARTIAL = ".partial"
 
 
 @contextmanager
@@ -23,11 +26,15 @@ def whole(file: Path, sync: bool = True) -> Iterator[Path]:
     Raises:
         DataError: the disk is full, or can't be written to.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # nothing reads such files
+    # nothing reads such files; processes in two containers may have one number
+    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
         with _said(file):
             file.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            usual = partial.stat().st_mode
             yield partial
+            partial.chmod(usual)  # safetensors lets nobody else read what it writes
             if sync:
                 with partial.open("rb+") as written:
                     os.fsync(written.fileno())
@@ -71,12 +78,15 @@ def _said(file: Path) -> Iterator[None]:
         raise
 
 
+_FULL = ("no space left", "file write failed", "os error 28", "unexpected pos", "iostream error")
+
+
 def _disk(error: Exception) -> str | None:
     """What the disk has against it; None where the error is another's. torch and safetensors hide the system's own."""
     if isinstance(error, OSError):
         return "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)
     words = str(error).lower()
-    if "no space left" in words or "file write failed" in words or "os error 28" in words:
+    if any(said in words for said in _FULL):
         return "the disk is full"
     if "os error" in words or "enforce fail" in words:
         return str(error).splitlines()[0]

@@ -64,6 +64,8 @@ class _Late(click.Command):
 @click.option("--prompts", type=THERE, help="In the place of DATA: a file of prompts, one a line.")
 @click.option("--style", multiple=True, help="A style to distil in, name=source or name=source:weight; several.")
 @click.option("--strict", is_flag=True, help="Refuse pictures that can't be used, instead of leaving them out.")
+@click.option("--text-column", help="What DATA calls its texts, if not text, caption or prompt.")
+@click.option("--image-column", help="What DATA calls its pictures, if not image, file_name, picture or path.")
 @click.option("--validation-prompts", type=THERE, help="A file of prompts, one a line, for validation sheets.")
 def distill(
     teacher: str,
@@ -71,6 +73,8 @@ def distill(
     prompts: Path | None,
     style: tuple[str, ...],
     strict: bool,
+    text_column: str | None,
+    image_column: str | None,
     validation_prompts: Path | None,
     say: Say,
     **settings: Any,
@@ -87,16 +91,19 @@ def distill(
     data, output = _places(places, prompts)
     config = _config(settings)
     from ..distillation import distill as run
+    from ..distillation.data import read
     from ..writing import require_writable
 
     require_writable(output)
     more: dict[str, Any] = {"strict": strict, "styles": sources(style), "progress": not (say.quiet or say.as_json)}
     if validation_prompts is not None:
-        lines = validation_prompts.read_text(encoding="utf-8").splitlines()
-        more["validation_prompts"] = [line.strip() for line in lines if line.strip()]
+        more["validation_prompts"] = [one.text for one in read(validation_prompts).examples]
+    found: Any = data
+    if text_column or image_column:
+        found = read(data, strict=strict, text_column=text_column, image_column=image_column)
     with say.loading(teacher):
         pipe = _teacher(teacher)
-    file = run(pipe, data, output, config, **more)
+    file = run(pipe, found, output, config, **more)
     say.tell(f"{file}: loads back, and accelerates its teacher with lcmlora.accelerate(pipe, lora={str(output)!r})")
     say.tell(f"{output / 'report.html'}: what was learned, and what it cost")
     say.result(str(file), {"file": str(file)})

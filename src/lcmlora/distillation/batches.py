@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from ..errors import DataError
 from . import paths
 from .cache import Entry, Store, digest
 from .config import DistillConfig
@@ -50,11 +49,12 @@ class Batches:
     ) -> None:
         self.teacher, self.dataset, self.config = teacher, dataset, config
         self.accelerator, self.progress, self.seconds = accelerator, progress, 0.0
-        self.root = Path(config.cache_dir) if config.cache_dir else output / "cache"
+        self.root = Path(config.cache_dir).expanduser() if config.cache_dir else output / "cache"
         self.grid = paths.grid()
         self.pictures = self._pictures() if dataset.pictures else None
         pipe, encoders = teacher.pipe, ("text_encoder", "text_encoder_2")
         text = [pipe.config.get("force_zeros_for_empty_prompt"), *(getattr(pipe, name, None) for name in encoders)]
+        text += _vocabulary(pipe)
         self._texts = self._store("texts", *text)
         self._latents = self._store("latents", pipe.vae)
         self._paths = self._store(
@@ -133,7 +133,7 @@ class Batches:
     def noise(self, prompt: str, number: int) -> torch.Tensor:
         """Where the path of a prompt begins."""
         generator = torch.Generator().manual_seed(seed_of("path", self.config.seed, prompt, number))
-        return torch.randn(self.teacher.latents_shape(), generator=generator)
+        return torch.randn(self.teacher.latents_shape(), generator=generator, dtype=torch.float32)
 
     def path(self, prompt: str, number: int) -> torch.Tensor:
         """A kept path, float32."""
@@ -145,10 +145,9 @@ class Batches:
         assert self.pictures is not None
         config, keys = self.config, []
         for index, example in enumerate(self.dataset.examples):
-            content = _content(example)
             for view in range(config.views):
                 chance = (config.seed, index, view, config.random_flip, config.center_crop)
-                keys.append(digest(content, self.pictures.size(index), chance))
+                keys.append(digest(example.content, self.pictures.size(index), chance))
         return keys
 
     def _encode(self, places: list[int]) -> list[Entry]:
@@ -217,14 +216,12 @@ def _sizes(row: dict[str, Any]) -> list[int]:
     return [*map(int, row["original_size"]), *map(int, row["crop_top_left"]), *row["pixels"].shape[-2:]]
 
 
-def _content(example: Any) -> str:
-    """A picture's bytes, however it is given, as a digest."""
-    picture = example.picture
-    try:
-        if isinstance(picture, Path):
-            data = picture.read_bytes()
-        else:
-            data = picture.read() if hasattr(picture, "read") else picture.tobytes()
-    except OSError as error:
-        raise DataError(f"{example} can't be read any more: {error}") from error
-    return digest(data)
+def _vocabulary(pipe: Any) -> list[Any]:
+    """The tokens that were added to a pipe's tokenizers, such as textual inversions, each with its embedding."""
+    found: list[Any] = []
+    for names in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        tokenizer, encoder = (getattr(pipe, name, None) for name in names)
+        if tokenizer is not None and encoder is not None:
+            added = sorted(tokenizer.get_added_vocab().items())
+            found += [added, encoder.get_input_embeddings().weight[[number for _, number in added]]]
+    return found

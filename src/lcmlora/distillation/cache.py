@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError
 from ..layers import ModuleIndex
+from ..pictures import require_writable
 from ..transition.records import parameters_of, views
 from ..writing import whole
 
@@ -44,7 +45,7 @@ def digest(*parts: Any) -> str:
             for name, view in sorted(views(parameters_of(ModuleIndex.of(part))).items()):
                 total.update(f"{name} {view.dtype}".encode() + view.detach().float().cpu().numpy().tobytes())
         elif isinstance(part, torch.Tensor):
-            total.update(f"{part.dtype} {tuple(part.shape)}".encode() + part.cpu().numpy().tobytes())
+            total.update(f"{part.dtype} {tuple(part.shape)}".encode() + part.detach().float().cpu().numpy().tobytes())
         else:
             total.update(part if isinstance(part, bytes) else repr(part).encode())
         total.update(b"|")
@@ -159,7 +160,7 @@ class Store:
     def _tell(self, entry: Entry, count: int, seconds: float, mine: int, bar: Any) -> None:
         """Say what is coming, or refuse it where there is no room."""
         size, there = count * _bytes(entry), sum(file.stat().st_size for file in self.root.rglob("*.safetensors"))
-        self.root.mkdir(parents=True, exist_ok=True)
+        require_writable(self.root)
         room = shutil.disk_usage(self.root).free
         logger.info("%d %s to compute: %.1f MB, about %.0f s", count, self.kind, size / 1e6, seconds * mine)
         bar.set_postfix_str(f"{size / 1e6:.0f} MB in all")

@@ -17,8 +17,11 @@ from .export import kohya_copy, write_text
 
 CARD = "README.md"
 _MARK = "<!-- made by lcmlora distill, and made anew by it as long as this line is here -->"
-_UPLOADED = ("*.safetensors", CARD, "settings.json", "*.jsonl", "*.png", "*.html")
-_NOT_UPLOADED = ("checkpoint*", "cache*", ".*")
+_WEIGHTS = (WEIGHT_NAME, kohya_copy(Path(WEIGHT_NAME)).name)
+_UPLOADED = (*_WEIGHTS, *(f"best/{name}" for name in _WEIGHTS), CARD, "log.jsonl", "report.html", "validation/*.png")
+"""All that is uploaded. No pattern is as wide as `*.png`, which reaches into folders: the data may be in one."""
+_NAMED = ("lora=", "load_lora_weights(")
+"""What stands before the LoRA's own name in a card."""
 
 
 def write_card(
@@ -41,7 +44,7 @@ def write_card(
         LcmLoraError: it can't be written.
     """
     folder, card = file.parent, file.parent / CARD
-    if card.is_file() and _MARK not in card.read_text(encoding="utf-8"):
+    if card.is_file() and _MARK not in card.read_text(encoding="utf-8", errors="replace"):
         return card
     info = read(Source.of(file).find())
     how = recipe.by_name(info.recipe or recipe.LCM.name)
@@ -56,13 +59,18 @@ def write_card(
         *(f"![{picture}]({picture})" for picture in shown),
         *_use(folder.resolve().name, base, how, kohya_copy(file)),
         "## How it was made",
-        "| setting | value |\n| --- | --- |\n" + "\n".join(f"| {key} | {value} |" for key, value in settings.items()),
+        "| setting | value |\n| --- | --- |\n"
+        + "\n".join(f"| {key} | {_cell(value)} |" for key, value in settings.items()),
         "## Licence",
         "Not stated yet. It follows from the teacher's and from what it was trained on: write `license: ...` at the "
         "top of this file.",
     ]
     write_text(card, "\n\n".join(parts) + "\n")
     return card
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|")
 
 
 def _is_repository(base: str) -> bool:
@@ -80,15 +88,17 @@ def _front(base: str, how: Recipe) -> str:
 def _use(name: str, base: str, how: Recipe, copy: Path) -> list[str]:
     call = f"num_inference_steps={how.steps}, guidance_scale={how.guidance:g}"
     call += "" if how.eta is None else f", eta={how.eta:g}"
+    lora, load_lora = (f"{before}{json.dumps(name, ensure_ascii=False)}" for before in _NAMED)
+    imported, pipe = "from diffusers import DiffusionPipeline", f'DiffusionPipeline.from_pretrained("{base}")'
+    if base.partition(":")[0] == "pocket":
+        imported, pipe = "from lcmlora import load_pocket", f'load_pocket("{base.partition(":")[2] or "base"}")'
     parts = [
         "## Use",
-        f"```python\nimport lcmlora\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")\n'
-        f'pipe = lcmlora.accelerate(pipe, lora="{name}")\npipe("...").images[0]\n```',
+        f"```python\nimport lcmlora\n{imported}\n\npipe = {pipe}\n"
+        f'pipe = lcmlora.accelerate(pipe, {lora})\npipe("...").images[0]\n```',
         "With diffusers alone:",
-        f"```python\nfrom diffusers import DiffusionPipeline, {how.scheduler}\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")\n'
-        f'pipe.load_lora_weights("{name}", weight_name="{WEIGHT_NAME}")\n'
+        f"```python\nfrom diffusers import {how.scheduler}\n{imported}\n\npipe = {pipe}\n"
+        f'pipe.{load_lora}, weight_name="{WEIGHT_NAME}")\n'
         f"pipe.scheduler = {how.scheduler}.from_config(pipe.scheduler.config)\n"
         f'pipe("...", {call}).images[0]\n```',
     ]
@@ -135,14 +145,15 @@ def push_to_hub(
     try:
         api = huggingface_hub.HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if card.is_file() and _MARK in (text := card.read_text(encoding="utf-8")):
-            write_text(card, text.replace(f'"{name}"', f'"{repository}"'))
+        if card.is_file() and _MARK in (text := card.read_text(encoding="utf-8", errors="replace")):
+            for before in _NAMED:
+                text = text.replace(f"{before}{json.dumps(name, ensure_ascii=False)}", f'{before}"{repository}"')
+            write_text(card, text)
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             commit_message=commit_message,
             allow_patterns=list(_UPLOADED),
-            ignore_patterns=list(_NOT_UPLOADED),
         )
     except Exception as error:  # httpx, huggingface_hub and the operating system raise many kinds
         raise LcmLoraError(f"{folder} can't be uploaded to {repo_id!r}: {' '.join(str(error).split())}") from error

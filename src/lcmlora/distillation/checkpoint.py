@@ -17,13 +17,15 @@ from .config import DistillConfig
 SETTINGS, CHECKPOINT = "settings.json", "checkpoint.pt"
 
 
+def chosen(config: DistillConfig, *, free: bool = False) -> dict[str, Any]:
+    """The settings that decide what a run learns; or the free ones, such as where its cache is."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["free"] == free}
+
+
 def settings(config: DistillConfig, **facts: Any) -> dict[str, Any]:
     """All that decides what a run learns, as JSON has it, and what does not under "free"."""
-    fields = dataclasses.fields(config)
-    bound = {field.name: getattr(config, field.name) for field in fields if not field.metadata["free"]}
-    free = {field.name: getattr(config, field.name) for field in fields if field.metadata["free"]}
-    told: dict[str, Any] = json.loads(json.dumps({**bound, **facts}))
-    return {"lcmlora": __version__, "settings": told, "free": free}
+    told: dict[str, Any] = json.loads(json.dumps({**chosen(config), **facts}))
+    return {"lcmlora": __version__, "settings": told, "free": chosen(config, free=True)}
 
 
 def write_settings(output: Path, told: dict[str, Any]) -> None:
@@ -32,19 +34,13 @@ def write_settings(output: Path, told: dict[str, Any]) -> None:
         file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
-def check_settings(output: Path, told: dict[str, Any]) -> None:
-    """Refuse to go on with a run that was told something else.
+def check(output: Path, state: dict[str, Any], told: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was told something else, or is further already.
 
     Raises:
         DataError: naming what differs.
     """
-    if not (output / CHECKPOINT).is_file() or not (output / SETTINGS).is_file():
-        return
-    try:
-        before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{output / SETTINGS} can't be read: delete the folder, or give another.") from error
-    now = told["settings"]
+    before, now = state["settings"], told["settings"]
     longer = now["schedule"] == "constant" and now["then"] == "none"  # then the first steps are the same
     differ = sorted(
         name
@@ -54,6 +50,11 @@ def check_settings(output: Path, told: dict[str, Any]) -> None:
     if differ:
         words = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differ)
         raise DataError(f"{output} holds a run with other settings: {words}. Give those, or another output folder.")
+    if state["step"] > now["steps"]:
+        raise DataError(
+            f"{output} holds a run that has {state['step']} steps already, more than steps={now['steps']}. Give "
+            "another output folder."
+        )
 
 
 def save(output: Path, state: dict[str, Any]) -> None:
@@ -79,6 +80,6 @@ def load(output: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
         raise DataError(f"{file} can't be read as a checkpoint; delete it to begin anew.") from error
-    if not {"step", "params", "optimizer"} <= state.keys():
+    if not {"step", "params", "optimizer", "settings"} <= state.keys():
         raise DataError(f"{file} is no checkpoint of this version; delete it to begin anew.")
     return state

@@ -122,8 +122,8 @@ class DistillConfig:
         ):
             if getattr(self, name) < 1:
                 raise DataError(f"{name}={getattr(self, name)!r}: at least 1 is expected.")
-        for name in ("learning_rate", "max_grad_norm", "huber_c", "cache_limit", "lora_alpha"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "max_grad_norm", "huber_c", "cache_limit", "alpha"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise DataError(f"{name}={getattr(self, name)!r}: a number above 0 is expected.")
         for name in ("w", "weight_decay", "warmup", "then_learning_rate", "checkpoint_every", "validate_every",
                      "workers", "seed"):  # fmt: skip
@@ -143,7 +143,8 @@ class DistillConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DistillConfig:
-        """The settings of a name in `PRESETS`, with changes of one's own.
+        """The settings of a name in `PRESETS`, with changes of one's own. With other `steps` a second stage has the
+        same share of them.
 
         Raises:
             DataError: there is no such preset or setting.
@@ -152,7 +153,10 @@ class DistillConfig:
             raise DataError(f"preset {name!r} is not known; there are {', '.join(map(repr, PRESETS))}.")
         if odd := sorted(changes.keys() - {field.name for field in dataclasses.fields(cls)}):
             raise DataError(f"{', '.join(odd)}: DistillConfig has no such setting.")
-        return cls(**{**PRESETS[name], **changes})
+        settings = {**PRESETS[name], **changes}
+        if "then_steps" in PRESETS[name] and "then_steps" not in changes and isinstance(settings["steps"], int):
+            settings["then_steps"] = max(1, PRESETS[name]["then_steps"] * settings["steps"] // PRESETS[name]["steps"])
+        return cls(**settings)
 
     @property
     def lora_alpha(self) -> float:

@@ -32,5 +32,7 @@ class Draws:
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
         """Standard normal noise of the shape (batch, ...), device and dtype of `like`."""
-        rows = [torch.randn(like.shape[1:], generator=generator) for generator in self._generators]
+        rows = [
+            torch.randn(like.shape[1:], generator=generator, dtype=torch.float32) for generator in self._generators
+        ]
         return torch.stack(rows).to(like)

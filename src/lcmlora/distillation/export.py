@@ -27,7 +27,7 @@ from ..lora.merge import FileLora
 from ..lora.sources import Given, Source
 from ..writing import whole
 
-ADAPTER = "lcmlora_student"
+ADAPTER, REHEARSAL = "lcmlora_student", ".rehearsal-"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 State = Mapping[str, torch.Tensor]
 """A LoRA as PEFT spells it: "mid_block...to_q.lora_A.weight" (rank, in, ...), "...lora_B.weight" (out, rank, ...)."""
@@ -280,7 +280,7 @@ def rehearse(pipe: Any, folder: Path, lora: LoraConfig, inputs: Mapping[str, Any
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # loaders draw weights before they set them
         state, expected = _random_lora(pipe.unet, lora, inputs)
         try:
-            with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as place:
+            with tempfile.TemporaryDirectory(prefix=REHEARSAL, dir=folder) as place:
                 file = save(state, Path(place), alpha=lora.lora_alpha, **saving)
                 check(pipe, file, inputs, expected)
         except OSError as error:

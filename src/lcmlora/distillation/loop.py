@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +18,11 @@ from peft import LoraConfig
 from tqdm.auto import tqdm
 
 from .. import compat, compiling
-from ..errors import DataError, LcmLoraError
+from ..errors import DataError, LcmLoraError, brief
 from ..layers import TARGET_MODULES
 from ..lora.files import WEIGHT_NAME
 from ..lora.sources import Given
-from ..writing import append, whole
+from ..writing import PARTIAL, append, whole
 from . import checkpoint, export, optimizer
 from .batches import Batches, Step
 from .cache import digest
@@ -32,10 +32,10 @@ from .config import DistillConfig
 from .data import Dataset, read
 from .draws import Draws
 from .objectives import OBJECTIVES, Objective
-from .process import accelerating, interruptible
+from .process import accelerating, interruptible, undisturbed
 from .student import Student
 from .teacher import Teacher, borrowed, judge, load, solver_of, styled
-from .validation import PROMPTS, Validation, Validator
+from .validation import FOLDER, PROMPTS, Validation, Validator, forget
 
 logger = logging.getLogger(__name__)
 LOG, RESULT, BEST = "log.jsonl", "result.json", "best"
@@ -90,34 +90,36 @@ def distill(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
     config, output = config or DistillConfig(), Path(output)
+    if not isinstance(config, DistillConfig):
+        raise DataError(f"config={brief(config)}: a DistillConfig is expected.")
     if isinstance(validation_prompts, str):
         raise DataError(f"validation_prompts={validation_prompts!r}: a list of prompts is expected.")
     if output.exists() and not output.is_dir():
         raise DataError(f"output {str(output)!r} is a file; a folder is expected.")
-    pipe = load(teacher, config.dtype)
-    judge(pipe)
-    solver_of(pipe, config)
-    dataset = read(data, strict=strict, progress=progress)
-    prompts = list(validation_prompts or dict.fromkeys(one.text for one in dataset.examples))
-    if validation_prompts is None:
-        prompts = prompts[:PROMPTS]
-    with accelerating(config, output) as accelerator, borrowed(pipe):
-        _to(pipe, accelerator.device)
-        run = _Run(pipe, dataset, config, output, accelerator, progress)
-        with styled(pipe, styles or {}):
-            run.begin()
-        run.rehearse()
-        with styled(pipe, styles or {}) as loras:
-            probe = run.train(loras, prompts)
-        run.check(probe)
-        if accelerator.is_main_process:
-            closing_page(output)
-            sheets = sorted(str(sheet.relative_to(output)) for sheet in output.glob("validation/*.png"))
-            base = (
-                str(teacher) if isinstance(teacher, str | Path) else compat.name_or_path(pipe) or type(pipe).__name__
-            )
-            write_card(probe.file, base=base, settings=dataclasses.asdict(config), pictures=sheets[-1:])
-        return probe.file
+    with undisturbed():
+        pipe = load(teacher, config.dtype)
+        judge(pipe, config)
+        solver_of(pipe, config)
+        prompts = [one.text for one in read(validation_prompts).examples] if validation_prompts else None
+        dataset = read(data, strict=strict, progress=progress)
+        with accelerating(config, output) as accelerator, borrowed(pipe):
+            _to(pipe, accelerator.device)
+            run = _Run(pipe, dataset, config, output, accelerator, progress)
+            with styled(pipe, styles or {}):
+                run.begin()
+            run.rehearse()
+            with styled(pipe, styles or {}) as loras:
+                probe = run.train(loras, prompts)
+            run.check(probe)
+            if accelerator.is_main_process:
+                closing_page(output)
+                named = str(teacher) if isinstance(teacher, str | Path) else compat.name_or_path(pipe)
+                sheets = sorted(str(sheet.relative_to(output)) for sheet in output.glob("validation/*.png"))
+                write_card(
+                    probe.file, base=named or type(pipe).__name__, settings=checkpoint.chosen(config),
+                    pictures=sheets[-1:],
+                )  # fmt: skip
+            return probe.file
 
 
 def _to(pipe: Any, device: torch.device) -> None:
@@ -140,7 +142,7 @@ class _Run:
         self.params = self.student.parameters
         self.optimizer = accelerator.prepare(optimizer.make(self.params, config))
         self.ema = EMAModel(self.params, decay=config.ema) if config.ema else None
-        self.inputs = self._inputs()
+        self.inputs = self.teacher.inputs(dataset.examples[0].text)
         self.step, self.total, self.count, self.seconds = 0, 0.0, 0, 0.0
         self.loss: float | None = None
         self.best: dict[str, Any] | None = None
@@ -154,22 +156,24 @@ class _Run:
             DataError: the output folder holds a run with other settings.
         """
         accelerator, config = self.accelerator, self.config
-        told = checkpoint.settings(
+        told = self.told = checkpoint.settings(
             config,
             teacher=digest(self.teacher.unet),  # with its styles
-            data=digest(self.dataset.pictures, [example.text for example in self.dataset.examples]),
+            data=digest(*((example.text, example.content) for example in self.dataset.examples)),
             examples_a_step=config.batch_size * config.gradient_accumulation * accelerator.num_processes,
         )
-        checkpoint.check_settings(self.output, told)
-        accelerator.wait_for_everyone()
         state = checkpoint.load(self.output)
-        if accelerator.is_main_process:
-            checkpoint.write_settings(self.output, told)
+        if state is not None:
+            checkpoint.check(self.output, state, told)
+        accelerator.wait_for_everyone()
         if config.trackers:
             flat = {k: v for k, v in told["settings"].items() if isinstance(v, int | float | str)}
             accelerator.init_trackers("lcmlora", config=flat)
         if state is not None:
             self._resume(state)
+        if accelerator.is_main_process:
+            checkpoint.write_settings(self.output, told)
+            self._forget_later()
 
     def rehearse(self) -> None:
         """Before the first step of all, see that a file of such a LoRA loads back; to be called without the styles.
@@ -187,16 +191,7 @@ class _Run:
     @property
     def _saving(self) -> dict[str, Any]:
         config = self.config
-        return {"recipe": config.recipe, "settings": dataclasses.asdict(config), "kohya": config.kohya}
-
-    @torch.no_grad()
-    def _inputs(self) -> dict[str, Any]:
-        """The UNet's arguments for the pass by which a file is compared with what was trained."""
-        conditions = self.teacher.conditions(*self.teacher.encode_text([self.dataset.examples[0].text]))
-        shape = (1, *self.teacher.latents_shape())
-        z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.teacher.device)
-        t = torch.tensor([999], device=z.device)
-        return {"sample": z.to(self.teacher.unet.dtype), "timestep": t, **conditions.alone()}
+        return {"recipe": config.recipe, "settings": checkpoint.chosen(config), "kohya": config.kohya}
 
     def _export(self, folder: Path, styles: Styles) -> Path:
         if self.accelerator.is_main_process:
@@ -255,8 +250,12 @@ class _Run:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def train(self, styles: Styles, prompts: Sequence[str]) -> Probe:
+    def train(self, styles: Styles, prompts: Sequence[str] | None) -> Probe:
         """All steps that are left.
+
+        Args:
+            styles: what is merged into the teacher, with their weights.
+            prompts: what validation sheets draw; None is the first few of the data's texts.
 
         Raises:
             LcmLoraError: the loss is not finite, or the disk is full.
@@ -267,7 +266,8 @@ class _Run:
         self.batches.prepare()
         self.validator = None
         if config.validate_every and self.step < config.steps:
-            self.validator = Validator(self.batches, prompts, config, self.output)
+            own = list(dict.fromkeys(example.text for example in self.dataset.examples))[:PROMPTS]
+            self.validator = Validator(self.batches, prompts or own, config, self.output)
         if config.cache:
             self.teacher.rest_encoders()
         self._began = time.monotonic() - self.seconds
@@ -395,6 +395,7 @@ class _Run:
             checkpoint.save(
                 self.output,
                 {
+                    "settings": self.told["settings"],
                     "step": self.step,
                     "params": [parameter.detach().cpu() for parameter in self.params],
                     "ema": self.ema.state_dict() if self.ema else None,
@@ -418,16 +419,28 @@ class _Run:
         self.step, self.best = state["step"], state["best"]
         for name, value in state["told"].items():
             setattr(self, name, value)
-        self._forget_log()
         logger.info("resumed %s at step %d", self.output, self.step)
 
-    def _forget_log(self) -> None:
-        """Take out of the log what came after the checkpoint: it will come again."""
+    def _forget_later(self) -> None:
+        """Take away what came after the checkpoint, as it will come again; all where there is none, as it is another
+        run's. And what a run that was killed was in the middle of.
+        """
+        for place in self.output.glob(f"{export.REHEARSAL}*"):
+            shutil.rmtree(place, ignore_errors=True)
+        for folder in (self.output, self.output / BEST, self.output / FOLDER):  # others may be writing to the cache
+            for partial in folder.glob(f".*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
         log = self.output / LOG
-        if self.accelerator.is_main_process and log.is_file():
-            kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.step]
+        if log.is_file():
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             with whole(log) as file:
-                file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                file.write_text(
+                    "".join(line + "\n" for line in lines if _step_of(line) <= self.step), encoding="utf-8"
+                )
+        forget(self.output, self.step)
+        if self.best is None:
+            for old in (self.output / BEST).glob("*.safetensors"):
+                old.unlink()
 
 
 def _step_of(line: str) -> float:

@@ -81,7 +81,7 @@ def _modules(info: LoraInfo) -> dict[str, Pair]:
 
 
 def _check(info: LoraInfo, rank: int, output: Path) -> None:
-    if not isinstance(rank, int) or not 1 <= rank < max(info.ranks):
+    if type(rank) is not int or not 1 <= rank < max(info.ranks):
         raise LoraFileError(f"rank={rank!r}: 1 to {max(info.ranks) - 1} is expected for {info.describe()}.")
     if any(pair.magnitude for pair in _modules(info).values()):
         raise LoraFileError(f"{info.describe()} is a DoRA, whose magnitudes hold for its own rank only.")

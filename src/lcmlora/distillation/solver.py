@@ -69,7 +69,7 @@ class Solver:
     """The teacher's noise schedule, and a DDIM solver on `solver_steps` of its timesteps.
 
     Args:
-        alphas_cumprod: of the teacher's training schedule, shape (1000,) as a rule.
+        alphas_cumprod: of the teacher's training schedule, shape (1000,).
         prediction_type: what the UNet predicts, "epsilon" or "v_prediction".
         solver_steps: how many timesteps the solver has.
     """
@@ -82,6 +82,15 @@ class Solver:
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise PipelineError(
                 f"the teacher predicts {self.prediction_type!r}; 'epsilon' or 'v_prediction' can be distilled."
+            )
+        if len(self.alphas_cumprod) != 1000:
+            raise PipelineError(
+                f"the teacher has {len(self.alphas_cumprod)} timesteps; 1000 are expected, as few-step samplers do."
+            )
+        if self.prediction_type == "epsilon" and self.alphas_cumprod[-1] < 1e-6:
+            raise PipelineError(
+                "the teacher predicts noise, on a schedule that ends in pure noise, where that says nothing of the "
+                "picture: set rescale_betas_zero_snr=False in its scheduler."
             )
         if len(self.alphas_cumprod) % self.solver_steps:
             raise PipelineError(

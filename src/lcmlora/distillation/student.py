@@ -47,7 +47,8 @@ class Student:
         generator = torch.Generator().manual_seed(seed_of(config.seed, "student"))
         for layer in self.layers.values():
             out, *rest = layer_shape(layer)
-            down, up = torch.empty(self.rank, *rest), torch.zeros(out, self.rank, *[1] * (len(rest) - 1))
+            down = torch.empty(self.rank, *rest, dtype=torch.float32)
+            up = torch.zeros(out, self.rank, *[1] * (len(rest) - 1), dtype=torch.float32)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # as PEFT and torch's own layers do
             self.down.append(nn.Parameter(down.to(teacher.device)))
             self.up.append(nn.Parameter(up.to(teacher.device)))

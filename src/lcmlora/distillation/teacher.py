@@ -8,8 +8,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import nn
 
+from .. import compat
 from ..errors import PipelineError, brief
 from ..layers import ModuleIndex, unet_of
 from ..loading import load as load_pipeline
@@ -95,29 +97,32 @@ def load(source: Any, dtype: str = "auto") -> Any:
     return pipe
 
 
-def judge(pipe: Any) -> None:
+def judge(pipe: Any, settings: DistillConfig) -> None:
     """Refuse a teacher that can't be distilled, before anything is touched.
 
     Raises:
-        PipelineError: it has no UNet, adapters, weights elsewhere, a scheduler without noise schedule, or the like.
+        PipelineError: it lacks a part, has adapters, weights elsewhere, a scheduler without noise schedule, or the
+            like.
     """
-    unet = unet_of(pipe)
-    if unet is None or not all(hasattr(pipe, part) for part in ("vae", "scheduler", "encode_prompt")):
-        raise PipelineError(f"{brief(pipe)} can't be a teacher: a Stable Diffusion or SDXL pipeline is expected.")
+    if missing := [p for p in ("unet", "vae", "scheduler", "encode_prompt") if getattr(pipe, p, None) is None]:
+        raise PipelineError(
+            f"{brief(pipe)} can't be a teacher, as it has no {missing[0]}: a Stable Diffusion or SDXL pipeline is "
+            "expected."
+        )
+    _judge_weights(pipe)
+    unet: Any = pipe.unet
     config: Any = unet.config
     name, channels = type(pipe).__name__, pipe.vae.config.latent_channels
-    if is_accelerated(pipe):
-        raise PipelineError("the teacher is accelerated: call lcmlora.restore(pipe) first.")
-    if ModuleIndex.of(unet).wrappers:
-        raise PipelineError(
-            "the teacher has LoRAs loaded: unload_lora_weights() first, and give them as styles= to distil the mix."
-        )
-    if any(p.is_meta for p in unet.parameters()):
-        raise PipelineError("the teacher's weights are off-loaded: call pipe.remove_all_hooks() first.")
     if config.in_channels != channels or config.get("addition_embed_type") not in (None, "text_time"):
         raise PipelineError(
             f"{name} can't be a teacher: its UNet takes {config.in_channels} channels where latents have {channels}, "
             f"and {config.get('addition_embed_type')!r} embeddings; a text-to-image pipeline is expected."
+        )
+    mixed = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision)
+    if mixed is not None and unet.dtype not in (mixed, torch.float32):
+        raise PipelineError(
+            f"mixed_precision={settings.mixed_precision!r}, but the teacher is {unet.dtype}: leave it out, as half "
+            "precision needs no other."
         )
     if pipe.config.get("requires_aesthetics_score"):
         raise PipelineError(f"{name} can't be a teacher: a refiner has no text-to-image path of its own.")
@@ -129,27 +134,51 @@ def judge(pipe: Any) -> None:
         )
 
 
+def _judge_weights(pipe: Any) -> None:
+    """Refuse weights that can't be learned from as they are."""
+    unet: Any = pipe.unet
+    if is_accelerated(pipe):
+        raise PipelineError("the teacher is accelerated: call lcmlora.restore(pipe) first.")
+    if compat.uncompiled(unet) is not unet:
+        raise PipelineError(
+            "the teacher's UNet is wrapped by torch.compile: type pipe.unet = pipe.unet._orig_mod first; compile=True "
+            "compiles its blocks for the run."
+        )
+    if ModuleIndex.of(unet).wrappers:
+        raise PipelineError(
+            "the teacher has LoRAs loaded: unload_lora_weights() first, and give them as styles= to distil the mix."
+        )
+    if compat.is_offloaded(pipe) or any(p.is_meta for p in unet.parameters()):
+        raise PipelineError(
+            "the teacher's weights are off-loaded: call pipe.remove_all_hooks() first, or load it without off-loading."
+        )
+    if any(p.is_inference() for part in _modules(pipe) for p in part.parameters()):
+        raise PipelineError("the teacher was made under torch.inference_mode: load it outside of that.")
+
+
+def _modules(pipe: Any) -> list[nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+
+
 # -- borrowing it -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def borrowed(pipe: Any) -> Iterator[None]:
     """Freeze every component; give it back on the device and with the modes, gradients and marks that it had."""
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    parts = _modules(pipe)
     modes = [(module, module.training) for part in parts for module in part.modules()]
     grads = [(parameter, parameter.requires_grad) for part in parts for parameter in part.parameters()]
     devices = [(part, next(part.parameters()).device) for part in parts if any(True for _ in part.parameters())]
     unet: Any = unet_of(pipe)
     marks = [(module, set(module.__dict__)) for module in unet.modules()]
-    checkpointing = unet.is_gradient_checkpointing
     try:
         for part in parts:
             part.eval()
             part.requires_grad_(False)
-        yield
+        with compat.plain(unet):
+            yield
     finally:
-        if unet.is_gradient_checkpointing and not checkpointing:
-            unet.disable_gradient_checkpointing()
         for module, names in marks:
             for name in set(module.__dict__) - names:
                 delattr(module, name)
@@ -249,6 +278,26 @@ class Teacher:
             return Text(encoded[0], encoded[2]), Text(encoded[1][:1], encoded[3][:1])
         return Text(encoded[0], None), Text(encoded[1][:1], None)
 
+    @torch.no_grad()
+    def inputs(self, prompt: str) -> dict[str, Any]:
+        """The UNet's arguments for a pass by which files are compared with what was trained.
+
+        Raises:
+            PipelineError: the pipeline gives no prediction for them: it lacks a part, or wants more than a prompt.
+        """
+        z = torch.randn(1, *self.latents_shape(), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        sample, t = z.to(self.device, self.unet.dtype), torch.tensor([999], device=self.device)
+        try:
+            arguments = self.conditions(*self.encode_text([prompt])).alone()
+            self.predict(sample, t, arguments)
+        except Exception as error:  # whatever a text encoder, a tokenizer or a UNet of another kind raises
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise PipelineError(
+                f"this {type(self.pipe).__name__} can't be a teacher, as its UNet gives no prediction for a prompt "
+                f"alone: {reason}"
+            ) from error
+        return {"sample": sample, "timestep": t, **arguments}
+
     def rest_encoders(self) -> None:
         """Make room on an accelerator: all texts are encoded."""
         for name in ("text_encoder", "text_encoder_2"):
@@ -260,7 +309,7 @@ class Teacher:
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
         """Latents (batch, channels, height / factor, width / factor) of pictures in [-1, 1], scaled, float32."""
         with self._vae() as vae:
-            encoded = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
+            encoded = retrieve_latents(vae.encode(pixels.to(self.device, vae.dtype)), sample_mode="argmax")
             return encoded.float() * vae.config.scaling_factor  # type: ignore[no-any-return]
 
     @torch.no_grad()

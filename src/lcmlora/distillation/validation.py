@@ -16,6 +16,7 @@ from .batches import Batches
 from .config import DistillConfig
 from .student import Student
 
+FOLDER = "validation"
 STEPS = (1, 2, 4, 8)
 PROMPTS = 8
 """How many of the data's texts are drawn where nobody names others."""
@@ -40,6 +41,14 @@ class Validation:
         return sum(few) / len(few)
 
 
+def forget(output: Path, step: int) -> None:
+    """Delete the sheets of later steps: they will come again, or are another run's."""
+    for sheet in (output / FOLDER).glob("step-*.png"):
+        number = sheet.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            sheet.unlink()
+
+
 class Validator:
     """Draws some prompts from fixed noises.
 
@@ -51,7 +60,7 @@ class Validator:
     """
 
     def __init__(self, batches: Batches, prompts: Sequence[str], config: DistillConfig, output: Path) -> None:
-        self.batches, self.config, self.folder = batches, config, output / "validation"
+        self.batches, self.config, self.folder = batches, config, output / FOLDER
         self.prompts = [(prompt, -1 - i) for i, prompt in enumerate(prompts)]  # no number of a training path
         self.seconds = batches.embed(prompts) + batches.draw(self.prompts)
         self.reference = torch.stack([batches.path(*prompt)[-1] for prompt in self.prompts])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,10 +124,30 @@ class Example:
     def _opened(self) -> Image.Image:
         if self.picture is None:
             raise ValueError("there is only a prompt")
+        return self.picture if isinstance(self.picture, Image.Image) else Image.open(io.BytesIO(self._file()))
+
+    def _file(self) -> bytes:
+        picture: Any = self.picture
+        return bytes(picture.read_bytes() if isinstance(picture, Path) else picture.read())
+
+    @cached_property
+    def content(self) -> str | None:
+        """A digest of the picture: of its file, or of what it shows if it is a PIL image; None of a prompt alone.
+
+        Raises:
+            DataError: it can't be read any more.
+        """
+        if self.picture is None:
+            return None
         if isinstance(self.picture, Image.Image):
-            return self.picture
-        data = self.picture.read_bytes() if isinstance(self.picture, Path) else self.picture.read()
-        return Image.open(io.BytesIO(data))
+            shown = self.open()
+            data = repr(shown.size).encode() + shown.tobytes()
+        else:
+            try:
+                data = self._file()
+            except OSError as error:
+                raise DataError(f"{self} can't be read any more: {error}") from error
+        return hashlib.sha256(data).hexdigest()
 
     def look(self) -> Example | Skipped:
         """The example with its size, after its picture was decoded once; or why that is not possible."""
@@ -158,8 +180,11 @@ class Dataset:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which PIL cuts off at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: nothing says which is white")
+    if image.mode.startswith("I"):  # as a rule 16 bits a pixel, which PIL cuts off at 255
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

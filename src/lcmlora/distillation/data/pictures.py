@@ -86,10 +86,11 @@ class Pictures(Dataset[dict[str, Any]]):
         original = (picture.height, picture.width)
         scale = max(height / picture.height, width / picture.width)
         scaled = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-        picture = picture.resize(scaled, Image.Resampling.LANCZOS)
         room = (scaled[0] - width, scaled[1] - height)
         left, top = (r // 2 if self.center_crop else int(rng.integers(0, r + 1)) for r in room)
-        picture = picture.crop((left, top, left + width, top + height))
+        across, down = picture.width / scaled[0], picture.height / scaled[1]
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS, box)  # of a long one, only what is seen
         if self.random_flip and rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             left = room[0] - left

@@ -67,7 +67,7 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         share, give or take a few.
         """
         borders = np.cumsum([len(members) for members in self._members])
-        places = (self.seed + np.arange(self.last)) * _GOLDEN % 1
+        places = (self.seed % 2**32 + np.arange(self.last)) * _GOLDEN % 1
         return np.searchsorted(borders / borders[-1], places, side="right").clip(max=len(borders) - 1)
 
     def _example(self, bucket: int, position: int) -> int:

@@ -69,7 +69,8 @@ def read(
             - a `.jsonl` or `.csv` file of pictures and texts, or of prompts; a `.txt` file, one prompt a line; a
               `.tar` shard;
             - a `datasets.Dataset`, or an `IterableDataset` or `DatasetDict` (its "train");
-            - any iterable of (picture, text), of mappings, or of prompts. A picture is a path or a PIL image.
+            - any iterable of (picture, text), of mappings, or of prompts. A picture is a path or a PIL image;
+            - what `read` has given.
         strict: refuse where a picture can't be used, instead of leaving it out with a warning.
         text_column: what the texts are called. None: "text", "caption" or "prompt".
         image_column: what the pictures are called. None: "image", "file_name", "picture" or "path".
@@ -78,22 +79,22 @@ def read(
     Raises:
         DataError: there is nothing in it, a line or row is not as it should be, or no picture can be used.
     """
-    columns = _Columns(text_column, image_column)
+    if isinstance(source, Dataset):
+        return source
+    columns, named = _Columns(text_column, image_column), str(source) if isinstance(source, Path) else brief(source)
     try:
         found = list(_find(source, columns))
     except OSError as error:
-        raise DataError(f"{brief(source)} can't be read: {error}") from error
+        raise DataError(f"{named} can't be read: {error}") from error
     if not found:
-        raise DataError(f"{brief(source)} holds no picture and no prompt.")
+        raise DataError(f"{named} holds no picture and no prompt.")
     prompts = [one for one in found if isinstance(one, Example) and one.picture is None]
     if not prompts:
         return look_at_all(found, strict, progress)
     if len(prompts) < len(found):
-        raise DataError(f"{brief(source)} mixes prompts without a picture, such as {prompts[0]}, with pictures.")
+        raise DataError(f"{named} mixes prompts without a picture, such as {prompts[0]}, with pictures.")
     if all(Path(one.text).suffix.lower() in PICTURES for one in prompts):
-        raise DataError(
-            f"{brief(source)} holds pictures without texts, such as {prompts[0]}; a text each is expected."
-        )
+        raise DataError(f"{named} holds pictures without texts, such as {prompts[0]}; a text each is expected.")
     return Dataset(tuple(prompts), False)
 
 
@@ -197,6 +198,10 @@ def _csv_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _text(told: Any, where: str) -> str:
     if not isinstance(told, str):
         raise DataError(f"{where}: a text is expected, got {brief(told)}.")
+    try:
+        told.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {brief(told)} is no text: it has half a character (a lone surrogate).") from error
     return told
 
 
@@ -207,7 +212,7 @@ def _example(text: Any, picture: Any, where: str, root: Path = Path()) -> Exampl
         return Example(text, root / picture)
     if isinstance(picture, Image.Image):
         return Example(text, picture)
-    if picture is None or picture == "":
+    if picture is None or isinstance(picture, str):
         return Skipped(where, "no picture is given")
     raise DataError(f"{where}: a path or a PIL image is expected, got {brief(picture)}.")
 
@@ -220,7 +225,7 @@ def _of_row(row: Mapping[str, Any], where: str, columns: _Columns, root: Path = 
 def _of_item(item: Any, number: int, columns: _Columns) -> Example | Skipped:
     where = f"item {number}"
     if isinstance(item, str):
-        return Example(item)
+        return Example(_text(item, where))
     if isinstance(item, Mapping):
         return _of_row(item, where, columns)
     if isinstance(item, tuple | list) and len(item) == 2:
