@@ -46,7 +46,7 @@ def whole(file: Path, sync: bool = True) -> Iterator[Path]:
 
 def in_the_making(partial: Path) -> bool:
     """Whether another process of this machine is writing this file, or has its number. Only POSIX systems say so."""
-    pid = partial.name.rsplit(".", 2)[1]
+    pid = partial.name.rsplit(".", 2)[1].partition("-")[0]
     if os.name != "posix" or not pid.isdecimal() or int(pid) == os.getpid():
         return False
     try:

@@ -23,9 +23,8 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError
 from ..layers import ModuleIndex
-from ..pictures import require_writable
 from ..transition.records import parameters_of, views
-from ..writing import whole
+from ..writing import require_writable, whole
 
 logger = logging.getLogger(__name__)
 SHARD_ENTRIES = 256
