@@ -414,7 +414,7 @@ def test_what_else_draws_a_picture_tells_it(change, plain, tmp_path, model):
 
 
 def test_a_file_that_another_process_is_writing_is_left_alone(pipe, tmp_path):
-    ours, theirs, gone = (tmp_path / f".0001-0.png.{pid}.partial" for pid in (os.getpid(), os.getppid(), 2**31))
+    ours, theirs, gone = (tmp_path / f".0001-0.png.{pid}-00ff.partial" for pid in (os.getpid(), os.getppid(), 2**31))
     for file in (ours, theirs, gone):
         file.write_text("")
     generate(pipe, ["a"], tmp_path)

@@ -36,6 +36,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "weight_decay": 0.0,  # our table
         "ema": 0.99,  # our table
     },
+    "paths-schedule": {  # near by `paths` first, then as sharp as the teacher by `schedule`: our table, one seed
+        "objective": "paths",
+        "then": "schedule",
+        "points": "paths",
+        "steps": 560,
+        "then_steps": 160,
+        "learning_rate": 3e-3,
+        "then_learning_rate": 1e-3,
+        "w": 3.5,  # TDD
+        "schedule": "cosine",
+        "warmup": 50,
+        "weight_decay": 0.0,
+        "ema": 0.99,
+    },
     "paths-lcm": {  # near by `paths` first, then crisp by `lcm` at the higher rate: our table, F and A at 3e-3
         "objective": "paths",
         "then": "lcm",
