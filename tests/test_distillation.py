@@ -253,10 +253,10 @@ def test_huber_of_samples_is_that_of_elements_where_all_are_alike():
 
 
 @pytest.mark.parametrize("kind", PIPES)
-def test_distil_makes_a_lora_that_accelerate_takes(kind, pictures, tmp_path):
+def test_distil_makes_a_lora_that_accelerate_and_plain_diffusers_take(kind, pictures, tmp_path):
     pipe = PIPES[kind]()
     before = snapshot(pipe)
-    config = DistillConfig(**{**CONFIG, "validate_every": 2}, alpha=2.0, ema=0.5)
+    config = DistillConfig(**{**CONFIG, "validate_every": 2}, alpha=2.0, ema=0.5, w=3.0)
     file = distill(pipe, pictures, tmp_path / "out", config, progress=False)
     assert_same(before, snapshot(pipe))
     info = lcmlora.inspect_lora(file)
@@ -264,15 +264,14 @@ def test_distil_makes_a_lora_that_accelerate_takes(kind, pictures, tmp_path):
     assert all(tensor.abs().sum() > 0 for tensor in load_file(file).values()), "some weight was never trained"
     lcmlora.accelerate(pipe, lora=tmp_path / "out")
     assert lcmlora.status(pipe).fused
+    lcmlora.restore(pipe)
+    pipe.load_lora_weights(str(tmp_path / "out"), weight_name=file.name, adapter_name="lcm")
+    assert {module.scaling["lcm"] for module in pipe.unet.modules() if hasattr(module, "scaling")} == {0.5}
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["lcmlora"])["w"] == 3.0
+        assert opened.metadata()["lcmlora_recipe"] == "lcm"
     rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [2, 4]
-
-
-def test_plain_diffusers_loads_it_at_the_same_strength(pictures, tmp_path):
-    pipe = sd_pipe()
-    distill(pipe, pictures, tmp_path / "out", DistillConfig(**CONFIG, alpha=2.0), progress=False)
-    pipe.load_lora_weights(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors", adapter_name="lcm")
-    assert {module.scaling["lcm"] for module in pipe.unet.modules() if hasattr(module, "scaling")} == {0.5}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -387,10 +386,3 @@ def test_settings_need_no_torch_and_explain_themselves():
     with pytest.raises(lcmlora.DataError, match="speed: DistillConfig has no such setting"):
         DistillConfig.preset("lcm", speed=3)
     assert DistillConfig.preset("lcm") == DistillConfig()
-
-
-def test_the_file_says_how_it_was_made(pictures, tmp_path):
-    file = distill(sd_pipe(), pictures, tmp_path / "out", DistillConfig(**CONFIG, w=3.0), progress=False)
-    with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["lcmlora"])["w"] == 3.0
-        assert opened.metadata()["lcmlora_recipe"] == "lcm"

@@ -17,18 +17,10 @@ _OPTIONS = {
             *("steps", "guidance", "strength", "seed", "size", "image", "batch_size", "batch_sizes", "rows", "out"),
             *("alpha", "rank"),
             *("learning_rate", "warmup", "schedule", "ema", "huber_c", "max_grad_norm", "solver_steps", "resolution"),
-            *(
-                "gradient_accumulation",
-                "log_every",
-                "mixed_precision",
-                "then",
-                "then_steps",
-                "then_learning_rate",
-                "w",
-            ),
+            *("gradient_accumulation", "log_every", "mixed_precision", "then", "then_steps", "then_learning_rate"),
             *("weight_decay", "cache_dir", "cache_limit", "checkpoint_every", "validate_every", "trackers", "workers"),
             *("views", "paths", "optimizer", "merged", "text_column", "image_column", "dtype", "objective", "points"),
-            *("loss", "cache", "kohya", "random_flip", "center_crop", "buckets", "gradient_checkpointing"),
+            *("w", "loss", "cache", "kohya", "random_flip", "center_crop", "buckets", "gradient_checkpointing"),
         )
     },
 }
