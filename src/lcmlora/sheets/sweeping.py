@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -147,9 +147,9 @@ def _drawn(grid: Grid, what: str, folder: Path | None) -> dict[tuple[int, int], 
         with one_bar(grid.pipe, len(grid.cells), what) as bar:
             for state, cells in grid.by_state():
                 with state.block(grid.pipe):
-                    about = _about(grid.pipe)
+                    now = Now.of(grid.pipe)
                     for cell in cells:
-                        made[cell.line, cell.column] = _kept(grid, cell, about, folder)
+                        made[cell.line, cell.column] = _kept(grid, cell, now, folder)
                         bar.update()
     except KeyboardInterrupt:
         warn(f"stopped after {len(made)} of {len(grid.cells)} pictures: the sheet has those.")
@@ -165,33 +165,50 @@ def _measured(sheet: Sheet, metrics: Mapping[str, Metric]) -> Sheet:
         return sheet
 
 
-def _about(pipe: Any) -> dict[str, Any]:
-    """What makes the pictures of a state, apart from the call. Versions are left out: they may change in between."""
-    return {name: value for name, value in pictures.provenance(pipe).items() if name != "versions"}
+class Now(NamedTuple):
+    """A pipe in one state, looked at once for all its cells: a look costs milliseconds.
+
+    Attributes:
+        about: what makes its pictures, apart from the call. Versions are left out: they may change in between.
+        active: what a row says of it.
+        device: where it computes.
+    """
+
+    about: Mapping[str, Any]
+    active: Mapping[str, Any]
+    device: torch.device
+
+    @classmethod
+    def of(cls, pipe: Any) -> Now:
+        """As it is now."""
+        about = {name: value for name, value in pictures.provenance(pipe).items() if name != "versions"}
+        names = ("accelerated", "recipe", "weight", "styles", "lora", "fused")
+        said = about["status"] or {"accelerated": False}
+        active = {name: said[name] for name in names if name in said} | {"scheduler": about["scheduler"][0]}
+        return cls(about, active, device_of(pipe))
 
 
-def _kept(grid: Grid, cell: Wanted, about: Mapping[str, Any], folder: Path | None) -> Cell:
+def _kept(grid: Grid, cell: Wanted, now: Now, folder: Path | None) -> Cell:
     """A cell from the folder, or drawn and put there; a callback does not tell what it is, so such a cell is drawn."""
     if folder is None or pictures.untold(cell.call):
-        return _draw(grid, cell)
-    key = pictures.key({**about, "prompt": cell.prompt, "seed": cell.seed, "call": cell.call})
+        return _draw(grid, cell, now)
+    key = pictures.key({**now.about, "prompt": cell.prompt, "seed": cell.seed, "call": cell.call})
     file = folder / "cells" / f"{key}.png"
     with suppress(DataError):  # it is not there, or damaged
         image, record = pictures.load(file)
         return Cell(image, record["row"])
-    drawn = _draw(grid, cell)
-    pictures.save(drawn.image, file, {**about, "prompt": cell.prompt, "row": drawn.row})
+    drawn = _draw(grid, cell, now)
+    pictures.save(drawn.image, file, {**now.about, "prompt": cell.prompt, "row": drawn.row})
     return drawn
 
 
-def _draw(grid: Grid, cell: Wanted) -> Cell:
+def _draw(grid: Grid, cell: Wanted, now: Now) -> Cell:
     """Call the pipe once, and measure it."""
-    pipe, device = grid.pipe, device_of(grid.pipe)
     generator = torch.Generator("cpu").manual_seed(cell.seed)
-    synchronize(device)
-    peak, began = PeakMemory(device), time.perf_counter()
-    output = pipe(prompt=cell.prompt, generator=generator, **cell.call)
-    synchronize(device)
+    synchronize(now.device)
+    peak, began = PeakMemory(now.device), time.perf_counter()
+    output = grid.pipe(prompt=cell.prompt, generator=generator, **cell.call)
+    synchronize(now.device)
     seconds = time.perf_counter() - began
     image, ran = picture_of(output), _ran(grid, cell)
     steps = ran.get(grid.takes.steps or "")
@@ -200,7 +217,7 @@ def _draw(grid: Grid, cell: Wanted) -> Cell:
         {
             "seed": cell.seed,
             **pictures.described({**cell.call, **ran}),
-            **_active(pipe),
+            **now.active,
             "seconds": seconds,
             "seconds_per_step": seconds / steps if isinstance(steps, int) and steps else None,
             "peak_bytes": peak.bytes(),
@@ -219,14 +236,6 @@ def _ran(grid: Grid, cell: Wanted) -> dict[str, Any]:
     elif takes.steps and isinstance(given[takes.steps], int) and (strength := takes.strength_of(cell.call)):
         given[takes.steps] = min(given[takes.steps], int(given[takes.steps] * strength))
     return {name: given[name] for name in own if isinstance(given[name], int | float)}
-
-
-def _active(pipe: Any) -> dict[str, Any]:
-    """What is active in the pipe, as a row says it."""
-    if getattr(pipe, "unet", None) is None:
-        return {"accelerated": False, "scheduler": type(getattr(pipe, "scheduler", None)).__name__}
-    now = pictures.described(status(pipe).to_dict())
-    return {name: now[name] for name in ("accelerated", "recipe", "weight", "styles", "lora", "fused", "scheduler")}
 
 
 def picture_of(output: Any) -> Image.Image:
