@@ -44,6 +44,16 @@ def whole(file: Path, sync: bool = True) -> Iterator[Path]:
             partial.unlink()
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        DataError: the disk is full, or can't be written to.
+    """
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def in_the_making(partial: Path) -> bool:
     """Whether another process of this machine is writing this file, or has its number. Only POSIX systems say so."""
     pid = partial.name.rsplit(".", 2)[1].partition("-")[0]

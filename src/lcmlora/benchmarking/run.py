@@ -17,6 +17,7 @@ from ..devices import device_of, hardware
 from ..errors import CallError, PipelineError, brief
 from ..lora.sources import Given
 from ..moving import require_unshared
+from ..sheets.states import settings_of
 from ..sheets.sweeping import SEED, CallArguments
 from ..state import is_accelerated
 from .advice import Facts, advise
@@ -141,8 +142,7 @@ def _settings(
     accelerate: Mapping[str, Any], recipes: Iterable[str] | Mapping[str, Given | None], fused: Iterable[bool]
 ) -> list[dict[str, Any]]:
     """Arguments of `accelerate` for each row."""
-    files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)
-    said = [{"recipe": name, **({} if file is None else {"lora": file})} for name, file in files.items()] or [{}]
+    said = settings_of(recipes) or [{}]
     ways: list[dict[str, Any]] = [{"fuse": one} for one in fused] or [{}]
     return [{**accelerate, **recipe, **way} for recipe in said for way in ways]
 

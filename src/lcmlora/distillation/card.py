@@ -13,7 +13,8 @@ from ..errors import LcmLoraError
 from ..lora.files import WEIGHT_NAME, read
 from ..lora.sources import Source
 from ..recipe import Recipe
-from .export import kohya_copy, write_text
+from ..writing import write_text
+from .export import kohya_copy
 
 CARD = "README.md"
 _MARK = "<!-- made by lcmlora distill, and made anew by it as long as this line is here -->"

@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..errors import DataError
-from ..writing import whole
+from ..writing import whole, write_text
 from .config import DistillConfig
 
 SETTINGS, CHECKPOINT = "settings.json", "checkpoint.pt"
@@ -30,8 +30,7 @@ def settings(config: DistillConfig, **facts: Any) -> dict[str, Any]:
 
 def write_settings(output: Path, told: dict[str, Any]) -> None:
     """Note the run's settings in its folder."""
-    with whole(output / SETTINGS) as file:
-        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    write_text(output / SETTINGS, json.dumps(told, indent=2) + "\n")
 
 
 def check(output: Path, state: dict[str, Any], told: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..pages import picture_uri, render
 from ..pages import write as write_page
+from ..sheets.axes import in_steps
 
 PAGE = "report.html"
 SHEETS = 6
@@ -50,7 +51,7 @@ def _distances(lines: list[dict[str, Any]]) -> dict[str, list[tuple[float, float
     found: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for steps, distance in line.get("rel", {}).items():
-            found.setdefault(f"{steps} steps" if steps != "1" else "1 step", []).append((line["step"], distance))
+            found.setdefault(in_steps(steps), []).append((line["step"], distance))
     return found
 
 

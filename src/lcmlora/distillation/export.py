@@ -123,16 +123,6 @@ def write(tensors: State, file: Path, metadata: Mapping[str, str]) -> None:
         save_file(dict(tensors), partial, metadata={"format": "pt", **metadata})
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a text file in the same way.
-
-    Raises:
-        LcmLoraError: it can't be written there.
-    """
-    with whole(file) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 # -- styles -----------------------------------------------------------------------------------------------------------
 
 

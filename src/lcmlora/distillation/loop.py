@@ -22,7 +22,7 @@ from ..errors import DataError, LcmLoraError, brief
 from ..layers import TARGET_MODULES
 from ..lora.files import WEIGHT_NAME
 from ..lora.sources import Given
-from ..writing import PARTIAL, append, whole
+from ..writing import PARTIAL, append, write_text
 from . import checkpoint, export, optimizer
 from .batches import Batches, Step
 from .cache import digest
@@ -235,8 +235,7 @@ class _Run:
                 "device": str(self.teacher.device),
                 "processes": self.accelerator.num_processes,
             }
-            with whole(self.output / RESULT) as file:
-                file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            write_text(self.output / RESULT, json.dumps(told, indent=2) + "\n")
         return probe
 
     def _peak_memory(self) -> int:
@@ -433,10 +432,7 @@ class _Run:
         log = self.output / LOG
         if log.is_file():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            with whole(log) as file:
-                file.write_text(
-                    "".join(line + "\n" for line in lines if _step_of(line) <= self.step), encoding="utf-8"
-                )
+            write_text(log, "".join(line + "\n" for line in lines if _step_of(line) <= self.step))
         forget(self.output, self.step)
         if self.best is None:
             for old in (self.output / BEST).glob("*.safetensors"):

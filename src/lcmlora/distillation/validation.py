@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import LCMScheduler, TCDScheduler
 
+from ..sheets.axes import in_steps
 from ..sheets.sheet import Cell, Line, Sheet
 from ..writing import whole
 from .batches import Batches
@@ -82,7 +83,7 @@ class Validator:
                 z_0 = self.sample(student, steps).cpu()
                 rel[steps] = float((z_0 - self.reference).norm() / self.reference.norm())
                 columns.append(teacher.decode(z_0))
-        names = [*(f"{steps} {'step' if steps == 1 else 'steps'}" for steps in STEPS), "teacher"]
+        names = [*map(in_steps, STEPS), "teacher"]
         cells = [tuple(Cell(image, {}) for image in line) for line in zip(*columns, self._pictures, strict=True)]
         sheet = Sheet(tuple(cells), tuple(names), tuple(Line(prompt) for prompt, _ in self.prompts))
         file = self.folder / f"step-{step:06d}.png"

@@ -38,7 +38,7 @@ class MadeBy:
 
     def __init__(self, pipe: Any) -> None:
         self._pipe, self._record = pipe, pipe_record_of(pipe)
-        self._found = found = pictures.provenance(pipe)
+        found = pictures.provenance(pipe)
         self._status = found["status"] or {"styles": {}, "lora": None}  # None without a UNet
         self._active = _Active(self._status["styles"], {n: one["sha256"] for n, one in found["loras"].items()})
         mine = self._record.unet.applied if self._record and not self._record.baked else None
@@ -52,7 +52,7 @@ class MadeBy:
             "accelerated": _accelerated(pipe, self._record) if self._record else None,
         }
         how = {name: value for name, value in (self._facts["accelerated"] or {}).items() if name not in _NOT_SEEN}
-        self.look()
+        self._look(found)
         self._key_facts = {**self._facts, "accelerated": how, "lora": lora.get("sha256") or self._status["lora"]}
         del self._key_facts["model"]  # a place; the fingerprint tells models
         if self._record is None:
@@ -60,7 +60,10 @@ class MadeBy:
 
     def look(self) -> None:
         """See the pipe as it is now, which later records tell of: its styles may have changed."""
-        now, device = pictures.provenance(self._pipe), device_of(self._pipe)
+        self._look(pictures.provenance(self._pipe))
+
+    def _look(self, now: Mapping[str, Any]) -> None:
+        device = device_of(self._pipe)
         loras = _with_sources(now["loras"], self._record)
         self._now = {**now, **self._facts, "loras": loras, "device": device.type, "hardware": hardware(device)}
 

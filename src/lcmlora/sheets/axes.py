@@ -87,7 +87,7 @@ def _label(name: str, value: Any) -> str:
     number = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
     match name:
         case "steps" | "num_inference_steps":
-            return f"{number} step{'' if value == 1 else 's'}"
+            return in_steps(number)
         case "guidance" | "guidance_scale":
             return f"guidance {number}"
         case "accelerated":
@@ -102,6 +102,11 @@ def _label(name: str, value: Any) -> str:
         case _ if name.startswith(STYLE):
             return f"{name.removeprefix(STYLE)} {number}"
     return f"{name} {number if isinstance(value, str | int | float | None) else brief(value)}"
+
+
+def in_steps(count: Any) -> str:
+    """A number of steps in words: "1 step", "4 steps"."""
+    return f"{count} step{'' if str(count) == '1' else 's'}"
 
 
 def _weight(wanted: Any) -> str:

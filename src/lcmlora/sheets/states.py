@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ import diffusers
 
 from ..acceleration import accelerate, accelerated, as_it_was, plainly, rehearse
 from ..errors import CallError, PipelineError, brief
+from ..lora.sources import Given
 from ..moving import require_originals, require_unshared
 from ..policy import Policy
 from ..state import is_accelerated, status
@@ -84,6 +85,12 @@ class State:
         if self.accelerated:
             return _varied(pipe, self.settings) if self.settings else nullcontext()
         return _plain_again(pipe, self.scheduler)
+
+
+def settings_of(recipes: Iterable[str] | Mapping[str, Given | None]) -> list[dict[str, Any]]:
+    """Arguments of `accelerate` for each recipe; where they map to files, with these."""
+    files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)
+    return [{"recipe": name, **({} if file is None else {"lora": file})} for name, file in files.items()]
 
 
 def _with_styles(pipe: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

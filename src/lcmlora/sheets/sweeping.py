@@ -26,10 +26,11 @@ from ..state import is_accelerated, status
 from ..transition.records import pipe_record_of
 from ..warn import warn
 from ..writing import require_writable
-from .axes import STYLE, Axis, Place, places
+from .axes import STYLE, Axis, Place, in_steps, places
 from .grid import Grid, Wanted
 from .metrics import Metric, measured
 from .sheet import Cell, Sheet
+from .states import settings_of
 
 SEED = 1337
 LCM_STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -355,18 +356,14 @@ def compare(
         strength = Parameters.of(plain(type(pipe)), "__call__").strength_of({**(more.get("call") or {}), **more})
         base_steps = [count for count in BASE_STEPS if strength is None or int(count * strength)]
     for count in base_steps:
-        columns[f"base, {_steps(count)}"] = {"accelerated": False, "steps": count, **guided}
-    files = recipes if isinstance(recipes, Mapping) else dict.fromkeys(recipes)
-    for name, file in files.items():
-        count = settings.get("steps", recipe_of(name).steps)
-        columns[f"{name}, {_steps(count)}"] = {"recipe": name, **({} if file is None else {"lora": file})}
-    if not files:
+        columns[f"base, {in_steps(count)}"] = {"accelerated": False, "steps": count, **guided}
+    said = settings_of(recipes)
+    for one in said:
+        count = settings.get("steps", recipe_of(one["recipe"]).steps)
+        columns[f"{one['recipe']}, {in_steps(count)}"] = one
+    if not said:
         recipe = settings.get("recipe") or (status(pipe).recipe if is_accelerated(pipe) else None)
         kind = "LCM" if recipe in (None, "lcm") else recipe
-        columns |= {f"{kind}, {_steps(n)}": {"accelerated": True, "steps": n} for n in lcm_steps}
+        columns |= {f"{kind}, {in_steps(n)}": {"accelerated": True, "steps": n} for n in lcm_steps}
     more.setdefault("title", "without and with the LCM-LoRA")
     return sweep(pipe, prompts, columns, **more)
-
-
-def _steps(count: int) -> str:
-    return f"{count} step{'' if count == 1 else 's'}"
