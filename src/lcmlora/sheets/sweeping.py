@@ -100,7 +100,8 @@ def sweep(
     Args:
         pipe: a pipeline of any class, accelerated or not.
         prompts: one or several.
-        x, y: the axes.
+        x: the axis to the right.
+        y: the axis down.
         without: a first column of the pipe without the LCM-LoRA, at its own steps and guidance; or the settings of
             that column, such as `{"steps": 25}`.
         seed: of every picture that no axis gives another.
@@ -109,14 +110,16 @@ def sweep(
             already, made by the same model, LoRAs and settings, is not drawn again.
         metrics: names of numbers to add to each row, with what measures them: see `lcmlora.sheets.metrics`.
         accelerate: arguments of `lcmlora.accelerate` for all accelerated cells.
-        call, more: arguments of every call. Those that only some pipelines take go into `call`.
+        call: arguments of every call, those that only some pipelines take.
+        more: arguments of every call.
 
     Returns:
         The sheet. Its rows have what ran; where an axis asks for something else, its label tells.
 
     Raises:
-        TypeError: neither the call nor `accelerate` takes such an argument. CallError: no axis, or a contradiction.
-        LcmLoraError: as `accelerate`, for what a cell asks for. Nothing is drawn then.
+        TypeError: neither the call nor `accelerate` takes such an argument.
+        CallError: no axis, or a contradiction.
+        LcmLoraError: as `accelerate`, for what a cell asks for. Whatever is raised, nothing was drawn.
     """
     columns, down = places(x, "x"), places(y, "y")
     if without:

@@ -25,6 +25,7 @@ from ..parameters import as_weight
 LCM = "lcmlora_lcm"
 """The name of our own adapter where `adapter_name` gives no other. Styles have the names they are given."""
 Fuse = Literal["auto", True, False]
+"""Whether LoRAs are merged into the weights: wherever that is possible, always, or never."""
 
 
 class Unset(enum.Enum):
@@ -82,6 +83,7 @@ class Style:
 Wanted = float | Given | Style
 """A style as it is asked for: a weight, for one that is known; a source, or a `Style`, for a new one."""
 Styles = Mapping[str, Wanted]
+"""Styles by name."""
 
 
 @dataclasses.dataclass(frozen=True)
