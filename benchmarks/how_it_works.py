@@ -2,8 +2,8 @@
 
     python benchmarks/how_it_works.py
 
-A one-dimensional diffusion whose paths can be computed exactly; the timesteps that diffusers' schedulers visit; what the
-embedded model predicts at each step; one LCM-LoRA on three models; and what rounding leaves of weights after plain
+A one-dimensional diffusion whose paths can be computed exactly; the timesteps that diffusers' schedulers visit; what
+the embedded model predicts at each step; one LCM-LoRA on three models; and what rounding leaves of weights after plain
 diffusers' way back.
 """
 
@@ -131,7 +131,7 @@ def schedules() -> None:
     top.plot(range(1000), (1 - bars).sqrt(), color=BASE, label="noise, $\\sigma_t$")
     top.plot(range(1000), bars.sqrt(), color=LCM, label="picture, $\\alpha_t$")
     top.legend(frameon=False, loc="center left")
-    for line, (name, scheduler) in enumerate(kinds.items()):
+    for line, scheduler in enumerate(kinds.values()):
         scheduler.set_timesteps(STEPS)
         visited = sorted({int(t) for t in scheduler.timesteps}, reverse=True)
         colour = BASE if line < 3 else LCM
@@ -257,9 +257,15 @@ def by_lcmlora(pipe: Any) -> None:
 
 
 def rounding() -> str:
-    lines = ["| weights | way | changed after once | after 10 times | largest difference |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| weights | way | changed after once | after 10 times | largest difference |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for name, way in (("plain diffusers, fuse and unfuse", by_hand), ("lcmlora, accelerate and restore", by_lcmlora)):
+        for name, way in (
+            ("plain diffusers, fuse and unfuse", by_hand),
+            ("lcmlora, accelerate and restore", by_lcmlora),
+        ):
             pipe = lcmlora.load_pocket(dtype=dtype)
             before = weights(pipe)
             way(pipe)

@@ -28,7 +28,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     depth = page.file.src_uri.count("/") + 1
-    return re.sub(rf"\]\((?:\.\./){{{depth}}}(?!\.)", f"]({config.repo_url}/blob/main/", markdown)
+    return re.sub(rf"\]\((?:\.\./){{{depth}}}(?!\.)", f"]({config.extra['repository']}/blob/main/", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

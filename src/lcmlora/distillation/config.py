@@ -143,7 +143,7 @@ class DistillConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DistillConfig:
-        """Settings with a name, and changes of one's own. With other `steps` a second stage has the same share of them.
+        """Settings with a name, and changes to them. With other `steps` a second stage has the same share of them.
 
         Args:
             name: "lcm", "paths", "schedule", "paths-schedule" or "paths-lcm".
