@@ -198,6 +198,8 @@ _LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)(?: \"[^\"]*\")?\)")
 
 
 def without_code(text: str) -> str:
+    """A page without its blocks, code and comments."""
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"`[^`\n]*`(?!\])", "", text)
 
@@ -320,5 +322,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pages = {page.relative_to(ROOT / "docs").with_suffix("") for page in PAGES if ROOT / "docs" in page.parents}
     built = [tmp_path / "site" / ("" if page.name == "index" else page) / "index.html" for page in pages]
     assert [page for page in built if not page.parent.exists()] == []
-    shown = (tmp_path / "site/reference/accelerate/index.html").read_text(encoding="utf-8")
-    assert "enforce_inference_steps" in shown
+    for page in REFERENCE:
+        built = tmp_path / "site/reference" / ("" if page.stem == "index" else page.stem) / "index.html"
+        shown = re.sub(r"<[^>]+>", "", built.read_text("utf-8").partition("<article")[2].partition("</article")[0])
+        assert re.findall(r"(?<![\w./\"'-])_[a-zA-Z]\w*", shown) == [], page.name
+    assert "enforce_inference_steps" in (tmp_path / "site/reference/accelerate/index.html").read_text("utf-8")

@@ -29,7 +29,7 @@ Fuse = Literal["auto", True, False]
 
 
 class Unset(enum.Enum):
-    """The value of an argument that was left out."""
+    """An argument that was left out: what is stays as it is; on a pipe that is not accelerated, the default counts."""
 
     UNSET = "as it is"
 
@@ -38,7 +38,6 @@ class Unset(enum.Enum):
 
 
 UNSET = Unset.UNSET
-"""Left out: what is stays as it is; on a pipe that is not accelerated, the default counts."""
 
 
 @dataclasses.dataclass(frozen=True)
