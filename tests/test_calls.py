@@ -13,6 +13,7 @@ from PIL import Image
 import lcmlora
 from conftest import PIPES, sd_pipe
 from lcmlora.calls import steps_at_strength
+from lcmlora.transition.records import pipe_record_of
 
 
 def run(pipe, *args, **kwargs):
@@ -116,6 +117,7 @@ def test_image_to_image_runs_the_steps_asked_for(image_pipe, strength):
         arguments["strength"] = strength
     steps = 2 if strength is not None and strength < 0.1 else 4
     assert run(image_pipe, **arguments, num_inference_steps=steps) == (steps, 1)
+    assert pipe_record_of(image_pipe).settings.policy.ran["num_inference_steps"] == steps  # as sheets and PNGs say it
 
 
 def test_strength_too_small_for_the_steps_runs_what_fits(image_pipe):

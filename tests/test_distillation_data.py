@@ -156,6 +156,16 @@ def test_prompts_alone_are_read(form, folder):
     assert not found.pictures
 
 
+@pytest.mark.parametrize(("name", "separator"), [("p.csv", ";"), ("p.csv", ","), ("p.tsv", "\t")])
+def test_a_spreadsheets_table_is_read_as_it_writes_it(name, separator, folder):
+    """With the separator of its language, a mark in front, and rows of empty cells at the end."""
+    lines = [("text", "file_name"), ("a fox", "0.png"), ('"two, or three; owls\t"', "1.png"), ("", ""), ("", "")]
+    (folder / name).write_text("\ufeff" + "".join(separator.join(cells) + "\r\n" for cells in lines), newline="")
+    found = read(folder / name)
+    assert [one.text for one in found.examples] == ["a fox", "two, or three; owls\t"]
+    assert found.pictures
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_a_text_may_hold_any_character(name, folder):
     text = 'ein "Fuchs", \u2028 rot\x0b\x85 und\nzwei'
@@ -245,8 +255,8 @@ REFUSED = {
     "no texts": (lambda f: f, "2 pictures and no texts; write a metadata.jsonl"),
     "an empty table": (line("metadata.jsonl", "\n"), "holds no picture and no prompt"),
     "an empty list": (lambda f: [], "holds no picture and no prompt"),
-    "no json": (line("metadata.jsonl", "{"), "metadata.jsonl, line 1: "),
-    "no row": (line("metadata.jsonl", "[1]"), "line 1: .* is expected, got '.1.'"),
+    "no json": (line("metadata.jsonl", "{"), "line 1 of metadata.jsonl is no JSON"),
+    "no row": (line("metadata.jsonl", "[1]"), r"line 1: .* is expected, got \[1\]"),
     "no text column": (
         line("metadata.jsonl", '{"file_name": "0.png"}'),
         r"line 1: a 'text' is expected, .*'file_name'",
@@ -258,7 +268,10 @@ REFUSED = {
         "9.png .it is not there",
     ),
     "a short row": (line("metadata.csv", "file_name,text\n0.png\n"), "metadata.csv, line 2: 2 cells are expected"),
-    "a long row": (line("metadata.csv", "file_name,text\n0.png,a,b\n"), "metadata.csv, line 2: 2 cells"),
+    "a long row": (
+        line("metadata.csv", "file_name,text\n0.png,a,b\n"),
+        "line 2 of metadata.csv: there are more cells",
+    ),
     "not in UTF-8": (line("any.txt", b"\xff\xfe\x00"), "any.txt is no text in UTF-8"),
     "paths for prompts": (lambda f: [str(f / "0.png")], "pictures without texts"),
     "a mixture": (lambda f: [(picture(), "a"), "a fox"], "mixes prompts without a picture, such as 'a fox'"),

@@ -26,7 +26,7 @@ PACKAGE = Path(lcmlora.__file__).parent
 SIGNATURES = Path(__file__).with_name("signatures.txt")
 RANKS = (
     ("errors",),
-    ("warn", "compat", "writing", "pages"),
+    ("warn", "compat", "tables", "writing", "pages"),
     ("devices", "progress"),
     ("layers",),
     ("base", "lora"),

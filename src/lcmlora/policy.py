@@ -185,7 +185,7 @@ class Policy:
         if strength is not None:
             most = self._most
             asked = steps_at_strength(wanted, strength, most) if self.enforce_inference_steps else wanted
-            runs = asked if strength >= _WHOLE else int(asked * strength)
+            runs = int(asked * strength)
             if runs < 1:
                 least = steps_at_strength(1, strength, most)
                 raise CallError(f"strength={strength:g} leaves none of {wanted} steps: pass {least} or more.")

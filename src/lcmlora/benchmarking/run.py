@@ -17,12 +17,13 @@ from ..devices import device_of, hardware
 from ..errors import CallError, PipelineError, brief
 from ..lora.sources import Given
 from ..moving import require_unshared
+from ..parameters import whole
 from ..sheets.states import settings_of
 from ..sheets.sweeping import SEED, CallArguments
 from ..state import is_accelerated
 from .advice import Facts, advise
 from .result import Advice, Benchmark
-from .turns import Calls, Turns, count, states_of
+from .turns import Calls, Turns, states_of
 
 PROMPT = "a red fox in the snow"
 
@@ -97,7 +98,7 @@ def benchmark(
     calls = Calls.of(pipe, prompt, seed, _several(batch_sizes), {**(call or {}), **more})
     said = _settings(accelerate or {}, _several(recipes), _several(fused))
     states = states_of(pipe, calls, _pair(steps), base_guidance, said, own_steps=bool(recipes))
-    turns = Turns(pipe, calls, states, count("repeats", repeats, 1), count("warmup", warmup, 0), clock)
+    turns = Turns(pipe, calls, states, whole("repeats", repeats), whole("warmup", warmup, 0), clock)
     bars = progress and shows_bars(pipe)
     with _given_back(pipe):
         for state in states[1:]:
@@ -131,7 +132,7 @@ def _pair(steps: Any) -> tuple[int | None, int | None]:
         raise CallError(
             f"steps={brief(steps)}: two numbers are expected, of the accelerated pipe and of the base: steps=(4, 25)."
         )
-    fast, base = (None if one is None else count("steps", one, 1) for one in steps)
+    fast, base = (None if one is None else whole("steps", one) for one in steps)
     return fast, base
 
 

@@ -33,17 +33,6 @@ _SLOW_AT_FIRST = ("compile", "cache_prompts")
 """Settings with which the first call after `accelerate` is another than those that follow."""
 
 
-def count(name: str, value: Any, least: int) -> int:
-    """A whole number.
-
-    Raises:
-        CallError: it is none, or too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CallError(f"{name}={brief(value)}: a whole number from {least} on is expected.")
-    return value
-
-
 @dataclasses.dataclass(frozen=True)
 class Calls:
     """What the calls have in common.
@@ -83,7 +72,7 @@ class Calls:
         for name, near in takes.unknown({*common, *(() if prompt is None else ("prompt",))}):
             settings = inspect.signature(accelerated).parameters
             refuse(name, f"{takes.owner}'s call", f"accelerate={{{name!r}: ...}}" if name in settings else near)
-        found = tuple(count("batch_sizes", batch, 1) for batch in batches)
+        found = tuple(whole("batch_sizes", batch) for batch in batches)
         if prompt is not None and not is_text(prompt):
             raise CallError(f"prompt={brief(prompt)}: one text is expected.")
         common = {**common, **takes.numbers(common)}

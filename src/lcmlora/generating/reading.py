@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
@@ -11,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import tables
 from ..errors import DataError, brief
 from ..parameters import as_weight
 from ..transition.target import Style
@@ -43,11 +42,7 @@ def read(rows: Any) -> tuple[list[Given], Path]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"rows={brief(os.fspath(rows))}: a .jsonl, .json, .csv, .tsv or .txt file is expected.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}.") from error
-    return list(reader(text, path)), path.absolute().parent
+    return list(reader(tables.text_of(path), path)), path.absolute().parent
 
 
 def _row(row: Any) -> Given:
@@ -59,12 +54,8 @@ def _row(row: Any) -> Given:
 
 
 def _json_lines(text: str, path: Path) -> Iterator[Given]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 and its like may stand in a text
-        if line.strip():
-            try:
-                yield _row(json.loads(line))
-            except ValueError as error:
-                yield DataError(f"line {number} of {path.name} is no JSON: {error}.")
+    for _, row in tables.json_lines(text, path.name):
+        yield row if isinstance(row, DataError) else _row(row)
 
 
 def _json_list(text: str, path: Path) -> Iterator[Given]:
@@ -78,26 +69,12 @@ def _json_list(text: str, path: Path) -> Iterator[Given]:
 
 
 def _table(text: str, path: Path) -> Iterator[Given]:
-    head = text.partition("\n")[0]
-    separator = "\t" if path.suffix.lower() == ".tsv" else ";" if head.count(";") > head.count(",") else ","
-    table = csv.DictReader(io.StringIO(text), delimiter=separator)
-    try:
-        names = [name.strip() for name in table.fieldnames or () if name.strip()]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise DataError(f"{path} has several columns of one name: {', '.join(sorted(twice))}.")
-        yield from _cells(table)
-    except csv.Error as error:
-        raise DataError(f"{path} can't be read: {error}.") from error
-
-
-def _cells(table: csv.DictReader[str]) -> Iterator[Given]:
-    for cells in table:
-        if None in cells:
-            yield DataError(f"there are more cells than columns ({', '.join(k for k in cells if k)}): quote commas.")
+    for _, row in tables.table(text, path):
+        if isinstance(row, DataError):
+            yield row
             continue
-        found = {key.strip(): cell.strip() for key, cell in cells.items() if cell is not None and cell.strip()}
-        if found:  # spreadsheets end in rows of empty cells
-            yield {key: cell if _TEXTS.search(key) else _number_or_text(cell) for key, cell in found.items()}
+        found = {key: cell.strip() for key, cell in row.items() if cell is not None and cell.strip()}
+        yield {key: cell if _TEXTS.search(key) else _number_or_text(cell) for key, cell in found.items()}
 
 
 def _number_or_text(cell: str) -> Any:
@@ -109,7 +86,7 @@ def _number_or_text(cell: str) -> Any:
 
 
 def _prompts(text: str, path: Path) -> Iterator[Given]:
-    yield from (line.strip() for line in text.split("\n") if line.strip())
+    return tables.prompts(text)
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json_list, ".csv": _table, ".tsv": _table, ".txt": _prompts}

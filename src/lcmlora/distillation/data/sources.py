@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import tarfile
@@ -15,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from ... import tables
 from ...errors import DataError, brief
 from .examples import Dataset, Encoded, Example, Member, Row, Skipped, encoded, look_at_all
 
@@ -66,8 +65,8 @@ def read(
 
             - a folder with `metadata.jsonl` or `metadata.csv` (`file_name`, `text`), or with a `.txt` (`.caption`)
               beside each picture, or with webdataset shards (`*.tar`), or saved by `datasets`;
-            - a `.jsonl` or `.csv` file of pictures and texts, or of prompts; a `.txt` file, one prompt a line; a
-              `.tar` shard;
+            - a `.jsonl`, `.csv` or `.tsv` file of pictures and texts, or of prompts; a `.txt` file, one prompt a line;
+              a `.tar` shard;
             - a `datasets.Dataset`, or an `IterableDataset` or `DatasetDict` (its "train");
             - any iterable of (picture, text), of mappings, or of prompts. A picture is a path or a PIL image;
             - what `read` has given.
@@ -116,6 +115,7 @@ def _find_path(path: Path, columns: _Columns) -> Found:
     readers: dict[str, Callable[[Path, _Columns], Found]] = {
         ".jsonl": _find_table,
         ".csv": _find_table,
+        ".tsv": _find_table,
         ".txt": _find_prompts,
         ".tar": lambda file, names: _find_shards([file], names),
     }
@@ -149,50 +149,26 @@ def _find_sidecars(folder: Path) -> Found:
             'as {"file_name": "a.png", "text": "a red fox"}, or a .txt beside each.'
         )
     for path, text in texts.items():
-        yield Example(_text_of(text).strip(), path) if text else Skipped(str(path), "it has no .txt beside it")
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is no text in UTF-8: {error}") from error
+        yield Example(tables.text_of(text).strip(), path) if text else Skipped(str(path), "it has no .txt beside it")
 
 
 def _find_prompts(file: Path, _: _Columns) -> Found:
-    return (Example(line.strip()) for line in _text_of(file).split("\n") if line.strip())
+    return map(Example, tables.prompts(tables.text_of(file)))
 
 
 def _find_table(file: Path, columns: _Columns) -> Found:
     """A table's rows; paths in it are relative to its folder."""
-    lines = _csv_lines(file) if file.suffix.lower() == ".csv" else _json_lines(file)
-    for number, row in lines:
-        yield _of_row(row, f"{file}, line {number}", columns, file.parent)
-
-
-def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text_of(file).split("\n"), start=1):  # a text may hold other ends of lines
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+    text, lines = tables.text_of(file), file.suffix.lower() == ".jsonl"
+    for number, row in tables.json_lines(text, file.name) if lines else tables.table(text, file):
+        where = f"{file}, line {number}"
+        if isinstance(row, DataError):
+            raise row
         if not isinstance(row, dict):
             expected = '{"file_name": ..., "text": ...} or {"text": ...}'
-            raise DataError(f"{file}, line {number}: {expected} is expected, got {line[:80]!r}")
-        yield number, row
-
-
-def _csv_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    table = csv.DictReader(io.StringIO(_text_of(file), newline=""))
-    try:
-        for row in table:
-            if None in row or None in row.values():
-                raise DataError(f"{file}, line {table.line_num}: {len(table.fieldnames or ())} cells are expected.")
-            yield table.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{file}, line {table.line_num}: {error}") from error
+            raise DataError(f"{where}: {expected} is expected, got {brief(row)}.")
+        if not lines and None in row.values():
+            raise DataError(f"{where}: {len(row)} cells are expected.")
+        yield _of_row(row, where, columns, file.parent)
 
 
 def _text(told: Any, where: str) -> str:
