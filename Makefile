@@ -19,7 +19,7 @@ lint: $(VENV)/.dev
 check: lint test
 
 docs: $(VENV)/.dev  # the site, in site/; every warning is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.demo: pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) scripts/setup.sh $(VENV)

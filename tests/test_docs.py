@@ -188,8 +188,7 @@ def test_commands_have_options_that_exist(page):
             continue
         command = main.commands.get(words[0])
         assert command is not None, f"lcmlora has no command {words[0]}"
-        context = click.Context(command, info_name=words[0], resilient_parsing=True)
-        command.make_parser(context).parse_args(words[1:])
+        command.make_parser(click.Context(command, info_name=words[0])).parse_args(words[1:])
 
 
 # -- links ------------------------------------------------------------------------------------------------------------
@@ -240,6 +239,17 @@ def test_the_readme_has_no_relative_link():
     links = _LINK.findall(without_code((ROOT / "README.md").read_text(encoding="utf-8")))
     assert len(links) > 5
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
+
+def test_a_wrong_option_and_a_wrong_link_are_found(tmp_path):
+    (words,) = commands_of("```console\n$ lcmlora generate x \\\n    --no-such 3 | head\n```\n")
+    with pytest.raises(click.NoSuchOption, match="--no-such"):
+        main.commands["generate"].make_parser(click.Context(main.commands["generate"])).parse_args(words[1:])
+    page = ROOT / "docs/index.md"
+    assert leads_to(page, "quickstart.md#install") is None
+    assert leads_to(page, "https://example.org/anything") is None
+    for wrong in ("no-page.md", "quickstart.md#no-heading", f"{REPOSITORY}/blob/main/no-file", f"{RAW}/no.png"):
+        assert leads_to(page, wrong) is not None
 
 
 @every_page
