@@ -110,8 +110,8 @@ def generate(
         The files, and the rows that were not drawn. After Ctrl-C what is done so far, with a warning.
 
     Raises:
-        PipelineError: the pipe can't draw single pictures from a seed. DataError: the rows can't be read, or the
-            folder not be written to; when strict, the first bad row.
+        PipelineError: the pipe can't draw single pictures from a seed.
+        DataError: the rows can't be read, or the folder not be written to; when strict, the first bad row.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise DataError(f"batch_size={brief(batch_size)}: a whole number from 1 is expected.")
