@@ -30,6 +30,7 @@ def whole_life(pipe: Pipeline, folder: Path) -> None:
     if lcmlora.is_accelerated(pipe):
         baked: Path = lcmlora.bake(pipe, folder, overwrite=True)
         lcmlora.load_baked(baked, dtype=None)
+        lcmlora.load(baked, device="cpu", kind="img2img", config="sdxl-folder", local_files_only=True)
 
 
 def what_there_is(pipe: Pipeline, file: Path) -> tuple[str | None, float | None, dict[str, Any]]:

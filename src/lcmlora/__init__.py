@@ -44,6 +44,7 @@ _HOME = {
     "generate": "generating",
     "inspect_lora": "lora.files",
     "is_accelerated": "state",
+    "load": "loading",
     "load_baked": "baking",
     "load_pocket": "pocket",
     "recipes": "recipe",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from .generating import Generated as Generated
     from .generating import again as again
     from .generating import generate as generate
+    from .loading import load as load
     from .lora.files import LoraInfo as LoraInfo
     from .lora.files import inspect_lora as inspect_lora
     from .pocket import load_pocket as load_pocket
