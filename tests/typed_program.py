@@ -86,7 +86,7 @@ def many(pipe: Pipeline, rows: list[dict[str, Any]], out: Path) -> list[Path]:
 
 def own_lora(data: Path) -> Path:
     teacher = lcmlora.load_pocket("chalk")
-    config, styles = lcmlora.DistillConfig.preset("paths", rank=8), {"3d": lcmlora.Style("3d")}
+    config, styles = lcmlora.DistillConfig.preset("paths", rank=8), {"3d": lcmlora.Style(lcmlora.pocket.STYLE)}
     lcmlora.distill("pocket", ["a fox"], "out", config, styles=styles, validation_prompts=["a fox"])
     file = lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))
     small: lcmlora.ResizedLora = lcmlora.resize_lora(file, 4, "small.safetensors")

@@ -62,8 +62,11 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
+_MODULES = ("pocket", "testing")  # `lcmlora.pocket.STYLE` works without an import of its own
 
 if TYPE_CHECKING:
+    from . import pocket as pocket
+    from . import testing as testing
     from .acceleration import accelerate as accelerate
     from .acceleration import accelerated as accelerated
     from .acceleration import restore as restore
@@ -118,6 +121,8 @@ if not TYPE_CHECKING:  # a type checker would take it as a promise that any name
         """Import a public name's module only when the name is used: `import lcmlora` itself loads neither torch nor
         diffusers.
         """
+        if name in _MODULES:
+            return import_module(f".{name}", __name__)
         if name not in _HOME:
             raise AttributeError(f"module 'lcmlora' has no attribute {name!r}")
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
@@ -126,4 +131,4 @@ if not TYPE_CHECKING:  # a type checker would take it as a promise that any name
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_MODULES, "__version__"]
