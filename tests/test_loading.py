@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import lcmlora
 from lcmlora import PipelineError
-from lcmlora.loading import as_class, load
+from lcmlora.loading import as_class, default_device, load
 from lcmlora.testing import tiny_lora, tiny_pipeline
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
@@ -130,3 +130,12 @@ def test_damaged_files_are_told(model, tmp_path):
     for name, words in (("cut.safetensors", "can't be loaded"), ("text.txt", "is no checkpoint")):
         with pytest.raises(PipelineError, match=words):
             load(str(tmp_path / name))
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert default_device() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert default_device() == "cuda:1"

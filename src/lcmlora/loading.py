@@ -54,8 +54,11 @@ _CLASSES = {
 
 
 def default_device() -> str:
-    """An accelerator where there is one, else the processor."""
-    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    """An accelerator where there is one, else the processor. Of several processes each has its own."""
+    if (found := torch.accelerator.current_accelerator(check_available=True)) is None:
+        return "cpu"
+    place = os.environ.get("LOCAL_RANK")  # which torchrun and `accelerate launch` set
+    return found.type if place is None else f"{found.type}:{int(place) % torch.accelerator.device_count()}"
 
 
 def load(
@@ -77,7 +80,7 @@ def load(
         model: a folder (baked ones too), a repository id, a `.safetensors` or `.ckpt` checkpoint, "pocket" or
             "pocket:chalk".
         dtype: of the weights; None is float16 on an accelerator, float32 on a processor.
-        device: where to; None is an accelerator where there is one.
+        device: where to; None is an accelerator where there is one, and each process' own under `torchrun`.
         kind: "text2img", "img2img" or "inpaint"; None leaves what the model says it is.
         config: for a checkpoint: the folder or repository of a pipeline of its kind, whose configs describe it.
         options: as for diffusers' `from_pretrained`, such as `local_files_only` or `variant`.
