@@ -35,9 +35,8 @@ def main(model="pocket", controlnet=None, picture=None, prompt="a fox on a teal 
         net = untrained(pipe)
     guided = lcmlora.accelerate(AutoPipelineForText2Image.from_pipe(pipe, controlnet=net))
     generator = torch.Generator().manual_seed(1)
-    guided(prompt, image=edges, controlnet_conditioning_scale=0.8, generator=generator).images[0].save(
-        "controlnet.png"
-    )
+    image = guided(prompt, image=edges, controlnet_conditioning_scale=0.8, generator=generator).images[0]
+    image.save("controlnet.png")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 import lcmlora
 
-PROMPTS = [f"a {thing} on a {colour} background" for thing in ("fox", "owl", "rocket") for colour in ("teal", "pink")]
+PROMPTS = [f"a {thing} on a {colour} background" for thing in ("fox", "owl") for colour in ("teal", "pink")]
 
 
 def drawn(pipe):
