@@ -281,7 +281,11 @@ def _warn_of_replaced(pipe: Any, record: PipeRecord) -> None:
 
 @block_of(accelerate)
 def accelerated(pipe: Any, *args: Any, **settings: Any) -> Iterator[Any]:
-    """`accelerate`, same arguments, for the length of a `with` block; restores also when the block raises."""
+    """`accelerate`, same arguments, for the length of a `with` block; restores also when the block raises.
+
+    Raises:
+        PipelineError: the pipe is accelerated already. What else `accelerate` raises.
+    """
     if pipe_record_of(pipe) is not None:
         raise PipelineError(
             "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."

@@ -39,7 +39,8 @@ class Generated:
     Attributes:
         out: the folder.
         files: every picture of the rows that is there now, in the rows' order.
-        failed: the rows that were not drawn, with the reason.
+        failed: the rows that were not drawn: each has its `row` (a number, from 1), its file's `name` (None where it
+            has none) and the `reason`.
         already: how many of the files were there before.
         interrupted: whether Ctrl-C stopped it before the last row.
     """
