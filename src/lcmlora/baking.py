@@ -60,7 +60,8 @@ def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any)
             made = Path(place) / folder.name
             with merged(pipe):
                 _require_plain(pipe)
-                pipe.save_pretrained(made, **save)
+                cls: Any = calls.plain(type(pipe))  # an accelerated pipe's own save_pretrained warns
+                cls.save_pretrained(pipe, made, **save)
             (made / BAKED).write_text(json.dumps(_recipe(pipe), indent=1), encoding="utf-8")
             _put_in_place(made, folder, Path(place) / "replaced")
     except (OSError, ValueError, TypeError) as error:
