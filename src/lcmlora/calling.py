@@ -34,8 +34,8 @@ def _entered(pipe: Any) -> Iterator[None]:
         if not record.running.acquire(blocking=False):
             raise CallError(
                 "another call of this pipe is running in another thread, and a scheduler serves one call at a time: "
-                "give each thread a pipe of its own (type(pipe).from_pipe(pipe), then accelerate it: the UNet is "
-                "shared), or use `with lcmlora.styled(pipe, styles)`, in which the others wait."
+                "give each thread a pipe of its own (copy.copy(pipe) shares the models and has its own scheduler), or "
+                "use `with lcmlora.styled(pipe, styles)`, in which the others wait."
             )
         try:
             if (why := why_not_fast(pipe, record)) and why not in record.told:
