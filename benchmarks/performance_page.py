@@ -162,8 +162,34 @@ def gpu() -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_short() -> str:
+    """What most readers come for, from the results that are there."""
+    lines = []
+    if call := load("whole_call"):
+        lines.append(
+            f"- A whole call, 25 steps with guidance against 4 without: **{call['ratio']:.1f} times faster** (Stable "
+            f"Diffusion 1.5's shape, {call['size']} x {call['size']} pixels, on a processor)."
+        )
+    if unet := load("passes"):
+        most = max(row["ratio"] for name, row in unet["passes"].items() if name.startswith("merged"))
+        adapters = unet["passes"]["adapters"]["ratio"]
+        lines.append(
+            f"- Merged LoRAs, with one style or three, cost nothing a step ({most:.2f} of the bare UNet's time); PEFT "
+            f"adapters cost {adapters - 1:.0%}."
+        )
+    if xl := load("merging-sdxl"):
+        times = {act: xl["source"][act]["median"] for act in ("accelerate", "swap", "restore")}
+        lines.append(
+            f'- On SDXL\'s shape, on a processor with `keep="source"`: accelerate {times["accelerate"]:.1f} s, '
+            f"another style {times['swap']:.1f} s, restore {times['restore']:.1f} s."
+        )
+    return "\n".join([*lines, "- For your machine and model: `print(lcmlora.benchmark(pipe))`. [How.](benchmark.md)"])
+
+
 def page() -> str:
     return f"""# Where the time goes
+
+{in_short()}
 
 Made by `benchmarks/performance_page.py` from what the other scripts in `benchmarks/` measured. Random weights of the
 real shapes, LoRA files of the official layout; plain diffusers and lcmlora take turns in one process, so that a
@@ -173,9 +199,9 @@ machine's moods meet both.
 
 An LCM-LoRA (rank 64, all its layers) and one style (rank 32, the attention layers). *Plain diffusers* is load, load,
 set_adapters, fuse; to swap, unfuse, delete, load, set_adapters, fuse; to go back, unfuse and unload, which is not
-exact. Wanted of plain diffusers' time, on SDXL's shape: to accelerate at most 0.5 keeping nothing and 0.6 keeping the
-originals in memory, 0.65 leaving them in the file that the UNet came from; to restore at most 1.0; to swap at most
-0.5; and at most 150 MiB beyond what is kept.
+exact. The goals, set before measuring, as shares of plain diffusers' time on SDXL's shape: to accelerate at most 0.5
+keeping nothing and 0.6 keeping the originals in memory, 0.65 leaving them in the file that the UNet came from; to
+restore at most 1.0; to swap at most 0.5; and at most 150 MiB beyond what is kept.
 
 {merging("sdxl")}
 {merging("sd15")}

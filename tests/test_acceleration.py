@@ -105,7 +105,7 @@ def test_restored_pipe_has_its_old_defaults(lcm_file):
 
 def test_scheduler_drops_what_harms(lcm_file):
     pipe = sd_pipe()
-    pipe.scheduler.register_to_config(rescale_betas_zero_snr=True)
+    pipe.scheduler.register_to_config(rescale_betas_zero_snr=True, clip_sample=True)
     lcmlora.accelerate(pipe, lora=lcm_file(pipe))
     config = pipe.scheduler.config
     assert isinstance(pipe.scheduler, LCMScheduler)
@@ -242,11 +242,22 @@ def test_an_accelerated_pipe_is_still_its_class(lcm_file, tmp_path):
         plain.__module__,
     )
     assert type(sd_pipe()) is plain
-    pipe.save_pretrained(tmp_path / "saved")
+    with pytest.warns(lcmlora.LcmLoraWarning, match="with the LCM-LoRA in it, and nothing that says so"):
+        pipe.save_pretrained(tmp_path / "saved")
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert isinstance(again.scheduler, LCMScheduler)
     torch.testing.assert_close(call(again, num_inference_steps=4, guidance_scale=1.0), call(pipe))
+
+
+def test_saving_an_accelerated_pipe_says_what_is_written(lcm_file, tmp_path):
+    pipe = sd_pipe()
+    lcmlora.accelerate(pipe, lora=lcm_file(pipe), fuse=False)
+    with pytest.warns(lcmlora.LcmLoraWarning, match="with PEFT's names.*lcmlora.bake.*lcmlora.restore"):
+        pipe.save_pretrained(tmp_path / "saved")
+    lcmlora.bake(pipe, tmp_path / "baked")  # says nothing, and neither do the two below
+    lcmlora.load_baked(tmp_path / "baked").save_pretrained(tmp_path / "again")
+    lcmlora.restore(pipe).save_pretrained(tmp_path / "plain")
 
 
 def test_status_tells_what_is_active(lcm_file):

@@ -42,6 +42,7 @@ def test_plain_diffusers_gives_the_same_picture(kind, fuse, lcm_file, tmp_path):
     recipe = json.loads((tmp_path / "baked/lcmlora.json").read_text())
     assert recipe["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
     assert recipe["merged"]["styles"] == {"s": 0.7}
+    assert recipe["merged"]["lora"] == "lcm.safetensors"  # and no path: the folder may be given away
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

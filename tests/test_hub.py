@@ -49,6 +49,8 @@ def test_a_repository_is_found_in_the_cache(cache):
     assert found.name == WEIGHT_NAME
     pipe = lcmlora.accelerate(sd_pipe(), lora=REPO, cache_dir=cache, local_files_only=True)
     assert lcmlora.status(pipe).lora == str(found)
+    baked = lcmlora.load_baked(lcmlora.bake(pipe, cache / "baked"))
+    assert lcmlora.status(baked).lora == REPO
 
 
 def test_a_revision_counts(cache):

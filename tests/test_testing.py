@@ -35,6 +35,12 @@ def test_a_tiny_pipeline_takes_a_tiny_lora_and_comes_back(kind, spelling, tmp_pa
     assert_same(before, snapshot(pipe))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_tiny_pipeline_brings_no_warning():
+    for kind in ("sd", "sdxl"):
+        tiny_pipeline(kind)
+
+
 def test_weights_depend_on_the_seed_and_leave_the_callers_generator_alone():
     torch.manual_seed(5)
     wanted = torch.rand(3)

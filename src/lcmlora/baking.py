@@ -17,6 +17,7 @@ from . import recipe as recipes
 from .acceleration import merged
 from .calling import HOOKS
 from .errors import PipelineError, brief
+from .lora.sources import REPOSITORY
 from .policy import Policy
 from .state import status
 from .transition import transaction
@@ -60,8 +61,9 @@ def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any)
             made = Path(place) / folder.name
             with merged(pipe):
                 _require_plain(pipe)
-                pipe.save_pretrained(made, **save)
-            (made / BAKED).write_text(json.dumps(_recipe(pipe), indent=1), encoding="utf-8")
+                cls: Any = calls.plain(type(pipe))  # an accelerated pipe's own save_pretrained warns
+                cls.save_pretrained(pipe, made, **save)
+            (made / BAKED).write_text(json.dumps(_recipe(pipe, record), indent=1), encoding="utf-8")
             _put_in_place(made, folder, Path(place) / "replaced")
     except (OSError, ValueError, TypeError) as error:
         raise PipelineError(f"bake can't write to {brief(folder)}: {error}") from error
@@ -125,11 +127,15 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
     return pipe
 
 
-def _recipe(pipe: Any) -> dict[str, Any]:
-    now = status(pipe)
+def _recipe(pipe: Any, record: PipeRecord) -> dict[str, Any]:
+    now, applied = status(pipe), record.unet.applied
+    assert applied is not None
+    file = applied.lcm.file
     call = {"num_inference_steps": now.steps, "guidance_scale": now.guidance}
-    merged_in = {key: getattr(now, key) for key in ("recipe", "licence", "lora", "weight", "base")}
-    merged_in["styles"] = dict(now.styles)
+    merged_in = {key: getattr(now, key) for key in ("recipe", "licence", "weight", "base")}
+    # the folder may be given away: no paths of this machine
+    name = file.given if file.path is None or REPOSITORY.fullmatch(file.given) else file.path.name
+    merged_in |= {"lora": name, "styles": dict(now.styles)}
     return {"lcmlora": __version__, "call": call, "merged": merged_in}
 
 

@@ -50,11 +50,13 @@ class Hooks(NamedTuple):
         policy_of: an instance's policy; None leaves its calls alone.
         encode: what stands in the place of its `encode_prompt(*args, **kwargs)`.
         entered: entered around each call that is not made from another of the same pipe; may refuse by raising.
+        saving: asked before its `save_pretrained`.
     """
 
     policy_of: Callable[[Any], Policy | None]
     encode: Callable[[Any, Any, tuple[Any, ...], Any], Any]
     entered: Callable[[Any], AbstractContextManager[Any]]
+    saving: Callable[[Any], None]
 
 
 def methods_of(cls: type) -> list[str]:
@@ -88,11 +90,13 @@ def governed(cls: type, hooks: Hooks) -> type:
     """A subclass of the class that bears its name and sends its calls through `hooks`.
 
     `__call__` is looked up on the type, so an accelerated pipe gets a subclass of its own: `isinstance`, `help`,
-    `inspect.signature`, `save_pretrained` and `from_pipe` see no difference, and no other pipe is touched.
+    `inspect.signature` and `from_pipe` see no difference, and no other pipe is touched.
     """
     members: dict[str, Any] = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
     members.update({name: _driven(cls, name, hooks) for name in methods_of(cls)})
     members.update({name: _encoding(getattr(cls, name), hooks) for name in PROMPT_ENCODERS if hasattr(cls, name)})
+    if hasattr(cls, "save_pretrained"):  # a class of one's own may have none
+        members["save_pretrained"] = _saving(cls.save_pretrained, hooks)
     # A copy, or a pickle, is made of the plain class and the state: this class can't be found by its name.
     members["__reduce_ex__"] = lambda self, protocol: (_rebuild, (cls, hooks), self.__dict__)
     members[_PLAIN] = cls
@@ -116,6 +120,15 @@ def _encoding(encode_prompt: Any, hooks: Hooks) -> Any:
         return hooks.encode(self, encode_prompt, args, kwargs)
 
     return encoding
+
+
+def _saving(save_pretrained: Any, hooks: Hooks) -> Any:
+    @functools.wraps(save_pretrained)
+    def saving(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks.saving(self)
+        return save_pretrained(self, *args, **kwargs)
+
+    return saving
 
 
 def _driven(cls: type, name: str, hooks: Hooks) -> Any:

@@ -30,7 +30,7 @@ class Status:
         recipe: how its few-step LoRA is driven; None if its UNet is not accelerated.
         licence: the licence of the recipe's published file, as its source gives it. None where the file is the user's
             own, unless the recipe's forbids commercial use: the file may be a copy of it.
-        lora: the few-step LoRA's file.
+        lora: the few-step LoRA's file; of a baked pipe, its name alone, or its repository.
         weight: the weight that it counts with.
         fused: whether the LoRAs are merged into the weights; False where they are PEFT adapters.
         styles: the styles' weights by name: those that were there before and those that lcmlora loaded. Where one is

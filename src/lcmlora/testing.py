@@ -58,7 +58,7 @@ def tiny_pipeline(kind: Literal["sd", "sdxl"] = "sd", *, seed: int = 0, cls: Any
             parts["scheduler"] = diffusers.EulerDiscreteScheduler(**_BETAS)
     parts |= {"unet": tiny_unet(kind, seed=seed, **unet_changes), "add_watermarker": False}
     parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    parts.setdefault("scheduler", diffusers.DDIMScheduler(clip_sample=True, **_BETAS))
+    parts.setdefault("scheduler", diffusers.DDIMScheduler(clip_sample=False, steps_offset=1, **_BETAS))
     takes = inspect.signature(cls.__init__).parameters
     pipe = cls(**{name: part for name, part in parts.items() if name in takes})
     pipe.set_progress_bar_config(disable=True)
