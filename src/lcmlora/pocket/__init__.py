@@ -46,14 +46,17 @@ def load_pocket(variant: Literal["base", "chalk"] = "base", *, dtype: torch.dtyp
     """
     import torch
 
-    from ..compat import bars_hidden, set_name_or_path
-
     if variant not in ("base", "chalk"):
         raise ValueError(f"variant={variant!r}: 'base' or 'chalk' is expected.")
-    with hushed(*IMPORTING), bars_hidden():
+    with hushed(*IMPORTING):
         from diffusers import StableDiffusionPipeline
 
-        pipe = StableDiffusionPipeline.from_pretrained(MODEL / "pipeline", dtype=torch.float32, local_files_only=True)
+        from ..compat import bars_hidden, set_name_or_path
+
+        with bars_hidden():
+            pipe = StableDiffusionPipeline.from_pretrained(
+                MODEL / "pipeline", dtype=torch.float32, local_files_only=True
+            )
     if variant == "chalk":
         _add_difference(pipe.unet, MODEL / "chalk" / "unet_difference.safetensors")
     set_name_or_path(pipe, "pocket" if variant == "base" else f"pocket:{variant}")  # whatever machine reads it
