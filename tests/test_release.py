@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -66,6 +67,21 @@ def test_every_import_of_the_package_is_declared_and_every_dependency_imported()
     extras = PROJECT["project"]["optional-dependencies"].values()
     declared = {named(one) for group in (PROJECT["project"]["dependencies"], *extras) for one in group}
     assert needed - OPTIONAL.keys() == declared
+
+
+RUN = json.loads((ROOT / "benchmarks/results/versions.json").read_text(encoding="utf-8"))
+
+
+def test_what_is_claimed_was_run():
+    """docs/versions.md: the lowest versions are those of pyproject.toml, every named Python was run, and all passed."""
+    least = dict(re.match(r"([\w.-]+)>=([\d.]+)", one).groups() for one in PROJECT["project"]["dependencies"])
+    for name in least.keys() & RUN["lowest"]["versions"].keys():
+        version = RUN["lowest"]["versions"][name][0]
+        assert version.removesuffix(".0") == least[name].removesuffix(".0"), name
+    pythons = {line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line}
+    assert pythons == {found["python"].rpartition(".")[0] for found in RUN.values()}
+    assert f">={min(pythons)}" == PROJECT["project"]["requires-python"]
+    assert not [words for found in RUN.values() for words in found["tests"].values() if "failed" in words]
 
 
 # -- a release --------------------------------------------------------------------------------------------------------
