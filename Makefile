@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check package release pocket clean
+.PHONY: demo test lint check docs package release pocket clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lcmlora demo --out demo
@@ -17,6 +17,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: lint test
+
+docs: $(VENV)/.dev  # the site, in site/; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.demo: pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) scripts/setup.sh $(VENV)
@@ -43,4 +46,4 @@ pocket: $(VENV)/.dev  # train the embedded model anew: hours on two cores
 	PATH="$(abspath $(BIN)):$$PATH" examples/pocket/make.sh $(or $(WORK),pocket-work)
 
 clean:
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache site

@@ -105,7 +105,11 @@ def page(results: dict[str, Any]) -> str:
         cells = [results[name]["tests"].get(test, "not run") for name in names]
         lines.append(f"| `{test}` | {' | '.join(cells)} |")
     lines.append("| run on | " + " | ".join(results[name]["day"] for name in names) + " |")
-    return HEAD.format(constraints="../constraints.txt") + "\n".join(lines) + "\n"
+    return (
+        HEAD.format(constraints="https://github.com/lcmlora/lcmlora/blob/main/constraints.txt")
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 
 import lcmlora
 from conftest import assert_same, snapshot
-from lcmlora import DataError, LcmLoraWarning, PipelineError, Style, again, generate, pictures, status
+from lcmlora import DataError, LcmLoraError, LcmLoraWarning, PipelineError, Style, again, generate, pictures, status
 from lcmlora.generating.reading import seeds_of, size_of, styles_of
 from lcmlora.pictures import file_digest
 from lcmlora.testing import tiny_lora, tiny_pipeline, tiny_vae
@@ -625,3 +625,12 @@ def test_two_processes_draw_what_one_draws(pipe, model, tmp_path):
     assert ["LcmLoraWarning" in error for _, error in said] == [True, False], "one process tells of the bad row"
     generate(pipe, twelve(model), tmp_path / "one")
     assert pixels(tmp_path / "one") == pixels(tmp_path / "two")
+
+
+def test_a_state_that_knows_of_fewer_processes_is_refused(pipe, tmp_path, monkeypatch):
+    """Each process would draw everything: PartialState() on a processor, made before, ignores the launcher."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.PartialState()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LcmLoraError, match=r"started 2 processes, .* for 1: PartialState\(cpu=True\) is expected"):
+        generate(pipe, ["a fox"], tmp_path / "out")

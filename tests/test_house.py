@@ -90,7 +90,12 @@ def test_no_imports_go_in_circles():
 
 
 @pytest.mark.parametrize(
-    "code", ["import lcmlora.cli", "from lcmlora.cli import main; main(['--help'], '', None, False)"]
+    "code",
+    [
+        "import lcmlora.cli",
+        "from lcmlora.cli import main; main(['--help'], '', None, False)",
+        "assert lcmlora.pocket.STYLE.is_dir()",
+    ],
 )
 def test_import_and_help_load_nothing_heavy(code):
     heavy = (

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import lcmlora
 from lcmlora import PipelineError
-from lcmlora.loading import as_class, load
+from lcmlora.loading import as_class, default_device, load
 from lcmlora.testing import tiny_lora, tiny_pipeline
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
@@ -79,7 +79,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", ["tiny.safetensors", "tiny.ckpt", "pipe"])
 def test_files_and_folders_are_the_same_pipeline(name, model):
-    pipe = load(str(model / name), config=str(model / "pipe"), local_files_only=True)
+    pipe = lcmlora.load(model / name, config=model / "pipe", local_files_only=True)
     assert type(pipe).__name__ == "StableDiffusionPipeline"
     assert pipe.name_or_path == str(model / name)
     for part in ("unet", "vae", "text_encoder"):
@@ -103,7 +103,7 @@ def test_type_and_kind_are_what_was_asked_for(name, model):
 
 def test_a_baked_folder_keeps_its_defaults(model, tmp_path):
     pipe = lcmlora.accelerate(tiny_pipeline(), lora=tiny_lora(tiny_pipeline(), tmp_path / "lcm.safetensors"), steps=3)
-    baked = load(str(lcmlora.bake(pipe, tmp_path / "baked")))
+    baked = lcmlora.load(lcmlora.bake(pipe, tmp_path / "baked"))
     assert lcmlora.status(baked).steps == 3
 
 
@@ -114,6 +114,7 @@ def test_a_baked_folder_keeps_its_defaults(model, tmp_path):
         ("nobody/nothing", "can't be loaded. The loader says: "),
         ("none.safetensors", "there is no file none.safetensors"),
         ("pocket:pastel", "'pocket' or 'pocket:chalk'"),
+        (None, "model is a NoneType: a pipeline's folder, a repository id"),
     ],
 )
 def test_what_is_no_model_is_one_sentence(name, words, monkeypatch, tmp_path):
@@ -129,3 +130,12 @@ def test_damaged_files_are_told(model, tmp_path):
     for name, words in (("cut.safetensors", "can't be loaded"), ("text.txt", "is no checkpoint")):
         with pytest.raises(PipelineError, match=words):
             load(str(tmp_path / name))
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert default_device() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert default_device() == "cuda:1"

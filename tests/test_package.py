@@ -1,21 +1,15 @@
-"""The package as others see it: names, imports, the command line, the documents."""
+"""The package as others see it: names, imports, the command line."""
 
 from __future__ import annotations
 
-import re
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import lcmlora
 from conftest import sd_pipe, write_lora
-from lcmlora import testing
 from lcmlora.cli import main
-
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_every_public_name_is_there_and_documented():
@@ -53,62 +47,3 @@ def test_distill_has_an_option_for_every_setting():
     shown = CliRunner().invoke(main, ["distill", "--help"]).output
     for name in ("--rank", "--learning-rate", "--huber-c", "--gradient-checkpointing", "--mixed-precision"):
         assert name in shown
-
-
-def test_every_pitfall_has_a_row_and_every_row_a_test_that_exists():
-    """docs/pitfalls.md: numbered rows, each with a test's name, or with the words "out of reach" and why."""
-    text = (ROOT / "docs/pitfalls.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \|(.*)\|$", text, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
-    assert len(rows) >= 70
-    defined = {
-        name
-        for file in (ROOT / "tests").rglob("test_*.py")
-        for name in re.findall(r"def (test_\w+)", file.read_text())
-    }
-    for number, row in rows:
-        named = re.findall(r"`(test_\w+)`", row)
-        assert named or "out of reach" in row, f"row {number} names no test"
-        assert set(named) <= defined, f"row {number}: {set(named) - defined}"
-
-
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
-def test_documents_name_what_there_is(file):
-    text = file.read_text(encoding="utf-8")
-    assert set(re.findall(r"lcmlora\.(\w+)\(", text)) <= set(lcmlora.__all__)
-    for place in re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", text):
-        assert (file.parent / place).exists(), place
-
-
-def blocks(file: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-def test_every_python_block_of_the_documents_compiles():
-    found = {file.name: blocks(file) for file in DOCUMENTS}
-    assert len(found["README.md"]) >= 3
-    assert len(found["usage.md"]) >= 4
-    for name, texts in found.items():
-        for text in texts:
-            compile(text, name, "exec")
-
-
-RUNNABLE = {
-    "README.md": ("lcmlora.accelerate(pipe)  # base", "tiny_pipeline"),
-    "usage.md": ("tiny_pipeline", "lcmlora.set_styles(pipe"),
-}
-"""Words of the blocks that run with the embedded model, the working folder holding styles of the names they use."""
-
-
-@pytest.mark.parametrize(
-    ("name", "words"), [(name, words) for name, all_words in RUNNABLE.items() for words in all_words]
-)
-def test_blocks_run_as_they_stand(name, words, tmp_path, monkeypatch):
-    (file,) = (file for file in DOCUMENTS if file.name == name)
-    (block,) = (text for text in blocks(file) if words in text and "from_pretrained" not in text)
-    monkeypatch.chdir(tmp_path)
-    pipe = lcmlora.load_pocket()
-    (tmp_path / "mine").mkdir()
-    for style in ("mine/ink.safetensors", "paper.safetensors"):
-        testing.tiny_lora(pipe, tmp_path / style, spelling="diffusers", only=lambda layer: "to_q" in layer)
-    exec(compile(block, name, "exec"), {"pipe": pipe, "lcmlora": lcmlora})

@@ -30,6 +30,7 @@ def whole_life(pipe: Pipeline, folder: Path) -> None:
     if lcmlora.is_accelerated(pipe):
         baked: Path = lcmlora.bake(pipe, folder, overwrite=True)
         lcmlora.load_baked(baked, dtype=None)
+        lcmlora.load(baked, device="cpu", kind="img2img", config="sdxl-folder", local_files_only=True)
 
 
 def what_there_is(pipe: Pipeline, file: Path) -> tuple[str | None, float | None, dict[str, Any]]:
@@ -85,7 +86,7 @@ def many(pipe: Pipeline, rows: list[dict[str, Any]], out: Path) -> list[Path]:
 
 def own_lora(data: Path) -> Path:
     teacher = lcmlora.load_pocket("chalk")
-    config, styles = lcmlora.DistillConfig.preset("paths", rank=8), {"3d": lcmlora.Style("3d")}
+    config, styles = lcmlora.DistillConfig.preset("paths", rank=8), {"3d": lcmlora.Style(lcmlora.pocket.STYLE)}
     lcmlora.distill("pocket", ["a fox"], "out", config, styles=styles, validation_prompts=["a fox"])
     file = lcmlora.distill(teacher, data, "out", lcmlora.DistillConfig(rank=8, steps=10))
     small: lcmlora.ResizedLora = lcmlora.resize_lora(file, 4, "small.safetensors")

@@ -46,6 +46,7 @@ _HOME = {
     "generate": "generating",
     "inspect_lora": "lora.files",
     "is_accelerated": "state",
+    "load": "loading",
     "load_baked": "baking",
     "load_pocket": "pocket",
     "recipes": "recipe",
@@ -63,8 +64,11 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
+_MODULES = ("pocket", "testing")  # `lcmlora.pocket.STYLE` works without an import of its own
 
 if TYPE_CHECKING:
+    from . import pocket as pocket
+    from . import testing as testing
     from .acceleration import accelerate as accelerate
     from .acceleration import accelerated as accelerated
     from .acceleration import restore as restore
@@ -92,6 +96,7 @@ if TYPE_CHECKING:
     from .generating import Generated as Generated
     from .generating import again as again
     from .generating import generate as generate
+    from .loading import load as load
     from .lora.files import LoraInfo as LoraInfo
     from .lora.files import inspect_lora as inspect_lora
     from .pocket import load_pocket as load_pocket
@@ -118,6 +123,8 @@ if not TYPE_CHECKING:  # a type checker would take it as a promise that any name
         """Import a public name's module only when the name is used: `import lcmlora` itself loads neither torch nor
         diffusers.
         """
+        if name in _MODULES:
+            return import_module(f".{name}", __name__)
         if name not in _HOME:
             raise AttributeError(f"module 'lcmlora' has no attribute {name!r}")
         with hushed(*IMPORTING):
@@ -127,4 +134,4 @@ if not TYPE_CHECKING:  # a type checker would take it as a promise that any name
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_MODULES, "__version__"]

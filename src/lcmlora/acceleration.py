@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
-from . import vae as vaes
 from .compat import uncompiled
 from .compiling import Compile
 from .errors import PipelineError
@@ -35,6 +34,7 @@ from .transition.verification import (
     check_way_back,
     warn_of_lost_adapters,
 )
+from .vae import Vae
 from .warn import warn
 
 Pipe = TypeVar("Pipe")
@@ -57,7 +57,7 @@ def accelerate(
     guidance: float | Unset | None = UNSET,
     strict: bool | Unset = UNSET,
     enforce_inference_steps: bool | Unset = UNSET,
-    vae: vaes.Vae | Unset = UNSET,
+    vae: Vae | Unset = UNSET,
     compile: Compile | Unset = UNSET,
     cache_prompts: int | Unset = UNSET,
     adapter_name: str | Unset = UNSET,
@@ -84,8 +84,10 @@ def accelerate(
         lora: the LCM-LoRA, where it is not the base's own (None, the default): repository id, folder, safetensors
             file or dict of tensors. A UNet that is no known base needs it; any UNet will do whose LCM layers the file
             covers. With another recipe, that recipe's file.
-        weight_name, subfolder, revision: where in that repository or folder the file is, where it is not
+        weight_name: the file's name in that repository or folder, where it is not
             `pytorch_lora_weights.safetensors`.
+        subfolder: the folder inside that repository or folder.
+        revision: the repository's branch, tag or commit.
         weight: what the LCM-LoRA counts with; None (the default) is the base's own, 1.0 as a rule.
         styles: name -> source or `Style`: style LoRAs to have beside it; a name alone that is known takes a weight.
         fuse: "auto" (the default) merges the LoRAs into the weights wherever those are plain floats (no cost per
@@ -109,15 +111,19 @@ def accelerate(
         cache_prompts: how many prompts' embeddings to remember; 0 for none.
         adapter_name: the LCM-LoRA's name among PEFT's adapters (fuse=False), for programs that call `set_adapters`
             themselves; "lcmlora_lcm" by default.
-        cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
+        cache_dir: the hub's cache, as in `huggingface_hub.hf_hub_download`.
+        token: the hub's token, as there.
+        local_files_only: ask no network, as there.
 
     Returns:
         The same pipe.
 
     Raises:
         PipelineError: this pipe or its state can't be accelerated (no UNet, fused LoRAs, quantised and fuse=True,
-        ...). BaseModelError: the base is unknown, has no LCM-LoRA, or is not the one named. LoraFileError: a LoRA is
-        not there, not safetensors, damaged, or no LoRA. LoraMismatchError: a LoRA is made for another UNet.
+            ...).
+        BaseModelError: the base is unknown, has no LCM-LoRA, or is not the one named.
+        LoraFileError: a LoRA is not there, not safetensors, damaged, or no LoRA.
+        LoraMismatchError: a LoRA is made for another UNet.
         CallError: steps or guidance are outside what works.
     """
     wish = {name: value for name, value in locals().items() if name != "pipe"}
@@ -193,7 +199,8 @@ def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
 
     Raises:
         PipelineError: the pipe is not accelerated, its originals were not kept, or a name can't be used.
-        LoraFileError, LoraMismatchError: as for `accelerate`. Nothing is changed then.
+        LoraFileError: as for `accelerate`. Nothing is changed then.
+        LoraMismatchError: as for `accelerate`. Nothing is changed then.
     """
     with _alone(pipe):
         record = pipe_record_of(pipe)
@@ -214,6 +221,9 @@ def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
     Args:
         pipe: an accelerated pipe.
         force: give back what can be given back where the way back is not exact, and warn of the rest.
+
+    Returns:
+        The same pipe.
 
     Raises:
         PipelineError: the pipe is not accelerated, its originals were not kept (keep=None), or somebody changed the
@@ -271,7 +281,11 @@ def _warn_of_replaced(pipe: Any, record: PipeRecord) -> None:
 
 @block_of(accelerate)
 def accelerated(pipe: Any, *args: Any, **settings: Any) -> Iterator[Any]:
-    """`accelerate`, same arguments, for the length of a `with` block; restores also when the block raises."""
+    """`accelerate`, same arguments, for the length of a `with` block; restores also when the block raises.
+
+    Raises:
+        PipelineError: the pipe is accelerated already. What else `accelerate` raises.
+    """
     if pipe_record_of(pipe) is not None:
         raise PipelineError(
             "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."

@@ -103,7 +103,8 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
         A pipeline of the class that was baked.
 
     Raises:
-        PipelineError: the folder was not baked, or can't be loaded. BaseModelError: its recipe is not registered.
+        PipelineError: the folder was not baked, or can't be loaded.
+        BaseModelError: its recipe is not registered.
     """
     from diffusers import DiffusionPipeline
 

@@ -43,7 +43,7 @@ class Base:
         title: the name in words.
         cross_attention_dim: width of the text embeddings that the UNet attends to.
         block_out_channels: widths of the UNet's levels.
-        layers: how many layers an LCM-LoRA adapts (the kinds in `lcmlora.layers.TARGET_MODULES`). None: any number.
+        layers: how many layers an LCM-LoRA adapts: 278 of Stable Diffusion 1.5, 788 of SDXL. None: any number.
         lora: an LCM-LoRA of one's own: a repository of the hub, a folder or a file.
         weight_name: the file's name inside the repository or folder, where it is not diffusers' usual one.
         rank: the rank of that LoRA.

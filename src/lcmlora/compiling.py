@@ -9,6 +9,7 @@ from torch import nn
 from . import compat
 
 Compile = bool | Literal["regional", "whole"]
+"""What of the UNet is compiled: nothing, its transformer blocks (also True), or all of it."""
 
 
 def regions(unet: nn.Module, how: Compile) -> list[nn.Module]:

@@ -38,6 +38,10 @@ KINDS: Mapping[str, Any] = {
 }
 """What a pipeline may be for, and who makes one of another."""
 _CHECKPOINTS = (".safetensors", ".ckpt")
+_EXPECTED = (
+    "a pipeline's folder, a repository id like 'owner/name', a .safetensors or .ckpt checkpoint, 'pocket' or "
+    "'pocket:chalk' is expected."
+)
 _CLASSES = {
     "v1": StableDiffusionPipeline,
     "v2": StableDiffusionPipeline,
@@ -50,33 +54,46 @@ _CLASSES = {
 
 
 def default_device() -> str:
-    """An accelerator where there is one, else the processor."""
-    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    """An accelerator where there is one, else the processor. Of several processes each has its own."""
+    if (found := torch.accelerator.current_accelerator(check_available=True)) is None:
+        return "cpu"
+    place = os.environ.get("LOCAL_RANK")  # which torchrun and `accelerate launch` set
+    return found.type if place is None else f"{found.type}:{int(place) % torch.accelerator.device_count()}"
 
 
 def load(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     kind: str | None = None,
-    config: str | None = None,
+    config: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Any:
-    """Load a pipeline.
+    """Load a pipeline, whatever names it.
+
+    >>> import lcmlora
+    >>> lcmlora.load("pocket").__class__.__name__
+    'StableDiffusionPipeline'
 
     Args:
         model: a folder (baked ones too), a repository id, a `.safetensors` or `.ckpt` checkpoint, "pocket" or
             "pocket:chalk".
         dtype: of the weights; None is float16 on an accelerator, float32 on a processor.
-        device: where to; None is an accelerator where there is one.
+        device: where to; None is an accelerator where there is one, and each process' own under `torchrun`.
         kind: "text2img", "img2img" or "inpaint"; None leaves what the model says it is.
         config: for a checkpoint: the folder or repository of a pipeline of its kind, whose configs describe it.
         options: as for diffusers' `from_pretrained`, such as `local_files_only` or `variant`.
 
+    Returns:
+        A pipeline of diffusers, on the device.
+
     Raises:
         PipelineError: it is not there, can't be loaded, or there is no pipeline of that kind for it.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise PipelineError(f"model is a {type(model).__name__}: {_EXPECTED}")
+    model = os.fspath(model)
     try:
         device = torch.device(device or default_device())
     except RuntimeError as error:
@@ -92,7 +109,7 @@ def load(
         raise PipelineError(f"{model} can't be put on {device}: {str(error).splitlines()[0]}") from error
 
 
-def _loaded(model: str, dtype: torch.dtype, config: str | None, options: Mapping[str, Any]) -> Any:
+def _loaded(model: str, dtype: torch.dtype, config: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> Any:
     name, _, variant = model.partition(":")
     if name == "pocket" and not os.path.exists(model):
         if variant not in ("", "base", "chalk"):
@@ -107,10 +124,7 @@ def _loaded(model: str, dtype: torch.dtype, config: str | None, options: Mapping
     if path.is_file() or path.suffix.lower() in _CHECKPOINTS:
         return _from_checkpoint(path, dtype, config, options)
     if not path.is_dir() and not REPOSITORY.fullmatch(model):
-        raise PipelineError(
-            f"there is no model {model!r}: a pipeline's folder, a repository id like 'owner/name', a .safetensors or "
-            ".ckpt checkpoint, 'pocket' or 'pocket:chalk' is expected."
-        )
+        raise PipelineError(f"there is no model {model!r}: {_EXPECTED}")
     return _from_pretrained(str(path) if path.is_dir() else model, dtype, options)
 
 
@@ -126,7 +140,9 @@ def _from_pretrained(model: str, dtype: torch.dtype, options: Mapping[str, Any])
             raise error from None
 
 
-def _from_checkpoint(path: Path, dtype: torch.dtype, config: str | None, options: Mapping[str, Any]) -> Any:
+def _from_checkpoint(
+    path: Path, dtype: torch.dtype, config: str | os.PathLike[str] | None, options: Mapping[str, Any]
+) -> Any:
     if not path.is_file():
         raise PipelineError(f"there is no file {path}.")
     if path.suffix.lower() not in _CHECKPOINTS:
@@ -137,7 +153,7 @@ def _from_checkpoint(path: Path, dtype: torch.dtype, config: str | None, options
     kind = infer_diffusers_model_type(shapes)
     if kind not in _CLASSES:
         raise PipelineError(f"{path} is a checkpoint of kind {kind!r}: Stable Diffusion or SDXL is expected.")
-    options = {**options, **({"config": config} if config else {})}
+    options = {**options, **({"config": os.fspath(config)} if config else {})}
     pipe = _CLASSES[kind].from_single_file(str(path), dtype=dtype, **options)
     set_name_or_path(pipe, os.path.abspath(path))
     return pipe

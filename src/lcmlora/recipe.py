@@ -273,8 +273,8 @@ def register(entry: Base | Recipe | LoraSource, *, recipe: str | None = None, ba
 
     Args:
         entry: the base, the recipe, or the file.
-        recipe, base: for a file: the recipe that it is of, and the base that it is for. It takes the place of the
-            one that the recipe had there.
+        recipe: for a file: the recipe that it is of.
+        base: for a file: the base that it is for. It takes the place of the one that the recipe had there.
 
     Raises:
         BaseModelError: the name is taken, a base of the same structure is there, or the recipe can't be driven.

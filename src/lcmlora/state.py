@@ -37,7 +37,8 @@ class Status:
             not the same in all layers, the least and the greatest of each component.
         adapters: the PEFT adapters active in the UNet, with their weights (none when fused).
         scheduler: the scheduler's class name.
-        steps, guidance: what a call gets that passes none. None if not accelerated, or left to the caller.
+        steps: what a call gets that passes none; None if not accelerated.
+        guidance: what a call gets that passes none; None if not accelerated, or left to the caller.
         keep: where the merged layers' originals are: "memory", "disk", "source" or None.
         kept_bytes: how many bytes they take there; with "source", those that are not in a file and wait in memory.
     """

@@ -13,6 +13,7 @@ from .errors import BaseModelError, PipelineError, brief
 from .lora.sources import HubOptions
 
 Vae = str | Path | nn.Module | None
+"""A VAE: "tiny", "fp16-fix", a repository or folder, a module; None is the pipe's own."""
 
 
 def load(pipe: Any, own: Any, base: Base | None, vae: Vae, hub: HubOptions) -> nn.Module | None:

@@ -16,7 +16,14 @@ from .stages import STAGES
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Seconds, measured several times."""
+    """Seconds, measured several times.
+
+    Attributes:
+        median: of the values.
+        least: of the values.
+        most: of the values.
+        repeats: how many they are.
+    """
 
     median: float
     least: float
@@ -58,7 +65,8 @@ class Row:
         seconds: of a call.
         stages: seconds of a call by stage. They add up to those of the call, up to what medians may differ.
         peak_bytes: the most memory in use during a call: of the device, or of the process on a CPU.
-        to_accelerate, to_restore: seconds; None for the base.
+        to_accelerate: seconds that `accelerate` took; None for the base.
+        to_restore: seconds that `restore` took; None for the base.
     """
 
     name: str

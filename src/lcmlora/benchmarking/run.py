@@ -75,15 +75,17 @@ def benchmark(
         seed: of every call.
         progress: show a bar over all calls, where the pipe's own are not switched off.
         clock: gives seconds. `time.process_time` leaves out what others do on a CPU.
-        call, more: further arguments of every call. Those that only some pipelines take go into `call`.
+        call: further arguments of every call, those that only some pipelines take.
+        more: further arguments of every call.
 
     Returns:
         The figures, as text (`print`), JSON, CSV, a page, a matplotlib figure.
 
     Raises:
-        PipelineError: the pipe is accelerated already, can't be accelerated, called or loaded. CallError: steps,
-        repeats or batch sizes that can't be run. TypeError: neither `accelerate` nor the pipeline takes such an
-        argument. Nothing is drawn then, and the pipe is as it was.
+        PipelineError: the pipe is accelerated already, can't be accelerated, called or loaded.
+        CallError: steps, repeats or batch sizes that can't be run.
+        TypeError: neither `accelerate` nor the pipeline takes such an argument. Whatever is raised, nothing was drawn,
+            and the pipe is as it was.
     """
     load_seconds = None
     if isinstance(pipe, str | os.PathLike):

@@ -140,16 +140,14 @@ class Model:
     def _load(self, kind: str | None) -> Any:
         import torch
 
-        from ..generating import processes
         from ..loading import load
 
         options: dict[str, Any] = {"variant": self.variant} if self.variant else {}
         if self.local_files_only:
             options["local_files_only"] = True
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        device = self.device or processes.own_device()
         kind = self.pipeline or kind
-        return load(str(self.model), dtype=dtype, device=device, kind=kind, config=self.config, **options)
+        return load(str(self.model), dtype=dtype, device=self.device, kind=kind, config=self.config, **options)
 
 
 model_options = gathered(

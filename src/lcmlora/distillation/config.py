@@ -143,8 +143,11 @@ class DistillConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DistillConfig:
-        """The settings of a name in `PRESETS`, with changes of one's own. With other `steps` a second stage has the
-        same share of them.
+        """Settings with a name, and changes to them. With other `steps` a second stage has the same share of them.
+
+        Args:
+            name: "lcm", "paths", "schedule", "paths-schedule" or "paths-lcm".
+            changes: settings that differ from it.
 
         Raises:
             DataError: there is no such preset or setting.

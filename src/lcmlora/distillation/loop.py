@@ -68,8 +68,9 @@ def distill(
 
     Args:
         teacher: a Stable Diffusion or SDXL pipeline; its folder, repository id or checkpoint file; or "pocket".
-        data: pictures with captions, or prompts, in any form that `lcmlora.distillation.data.read` takes: a folder
-            with `metadata.jsonl`, a file of prompts, an iterable of prompts or of (picture, text), and others.
+        data: pictures with captions: a folder with `metadata.jsonl` or `metadata.csv` (`file_name`, `text`), with a
+            `.txt` beside each picture, or with webdataset shards; a `datasets.Dataset`; an iterable of (picture,
+            text) or of mappings. Or prompts alone: a `.txt`, `.jsonl` or `.csv` file, an iterable of texts.
         output: folder for `pytorch_lora_weights.safetensors`, `log.jsonl`, `settings.json`, `result.json`, validation
             sheets, the cache and the checkpoint. A run of the same output folder goes on from its checkpoint.
         config: settings; the defaults are the LCM-LoRA report's. `DistillConfig.preset` has others.
@@ -85,7 +86,8 @@ def distill(
     Raises:
         DataError: the data or a setting can't be trained on, or the output folder holds a run with other settings.
         PipelineError: the teacher can't be loaded or distilled.
-        LoraFileError, LoraMismatchError: a style can't be had, or does not fit.
+        LoraFileError: a style can't be had.
+        LoraMismatchError: a style does not fit.
         LcmLoraError: the loss stopped being finite, the disk is full, or the file does not load back.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """

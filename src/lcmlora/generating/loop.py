@@ -39,7 +39,8 @@ class Generated:
     Attributes:
         out: the folder.
         files: every picture of the rows that is there now, in the rows' order.
-        failed: the rows that were not drawn, with the reason.
+        failed: the rows that were not drawn: each has its `row` (a number, from 1), its file's `name` (None where it
+            has none) and the `reason`.
         already: how many of the files were there before.
         interrupted: whether Ctrl-C stopped it before the last row.
     """
@@ -110,8 +111,8 @@ def generate(
         The files, and the rows that were not drawn. After Ctrl-C what is done so far, with a warning.
 
     Raises:
-        PipelineError: the pipe can't draw single pictures from a seed. DataError: the rows can't be read, or the
-            folder not be written to; when strict, the first bad row.
+        PipelineError: the pipe can't draw single pictures from a seed.
+        DataError: the rows can't be read, or the folder not be written to; when strict, the first bad row.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise DataError(f"batch_size={brief(batch_size)}: a whole number from 1 is expected.")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any, TypeVar
 
-import torch
-
 from ..errors import LcmLoraError
 from .rows import Failed
 
@@ -17,21 +15,21 @@ def _state(cpu: bool) -> Any:
     """Accelerate's state of this process; None where no launcher has started several.
 
     Raises:
-        LcmLoraError: Accelerate is not installed.
+        LcmLoraError: Accelerate is not installed, or was set up in another way before.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+    if (size := int(os.environ.get("WORLD_SIZE") or 1)) < 2:
         return None
     try:
         from accelerate import PartialState
     except ImportError as error:
         raise LcmLoraError("several processes need Hugging Face Accelerate: pip install accelerate") from error
-    return PartialState(cpu=cpu)
-
-
-def own_device() -> str | None:
-    """The device of this process, where a launcher has started several."""
-    state = _state(not torch.accelerator.is_available())
-    return None if state is None else str(state.device)
+    state = PartialState(cpu=cpu)
+    if state.num_processes != size:  # it is one object for all, and whoever asked first has set it up
+        raise LcmLoraError(
+            f"the launcher started {size} processes, but Accelerate was set up before for {state.num_processes}: "
+            f"PartialState({'cpu=True' if cpu else ''}) is expected."
+        )
+    return state
 
 
 class Processes:
@@ -41,7 +39,7 @@ class Processes:
         cpu: whether they compute on the processor.
 
     Raises:
-        LcmLoraError: Accelerate is not installed.
+        LcmLoraError: Accelerate is not installed, or was set up in another way before.
     """
 
     def __init__(self, cpu: bool) -> None:

@@ -430,7 +430,9 @@ def inspect_lora(
         weight_name: the file's name in a folder or repository, where it is not `pytorch_lora_weights.safetensors`.
         subfolder: the folder inside that folder or repository.
         revision: the repository's branch, tag or commit.
-        cache_dir, token, local_files_only: as in `huggingface_hub.hf_hub_download`.
+        cache_dir: the hub's cache, as in `huggingface_hub.hf_hub_download`.
+        token: the hub's token, as there.
+        local_files_only: ask no network, as there.
 
     Raises:
         LoraFileError: it is not there, or can't be read as a LoRA.

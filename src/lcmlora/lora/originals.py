@@ -20,6 +20,7 @@ from ..errors import PipelineError
 from .checkpoint import Checkpoint, Stored, in_memory
 
 Keep = Literal["memory", "disk", "source", None]
+"""Where the originals of merged weights wait for the way back; None: nowhere."""
 KEEPS = ("memory", "disk", "source", None)
 
 

@@ -100,7 +100,8 @@ def sweep(
     Args:
         pipe: a pipeline of any class, accelerated or not.
         prompts: one or several.
-        x, y: the axes.
+        x: the axis to the right.
+        y: the axis down.
         without: a first column of the pipe without the LCM-LoRA, at its own steps and guidance; or the settings of
             that column, such as `{"steps": 25}`.
         seed: of every picture that no axis gives another.
@@ -109,14 +110,16 @@ def sweep(
             already, made by the same model, LoRAs and settings, is not drawn again.
         metrics: names of numbers to add to each row, with what measures them: see `lcmlora.sheets.metrics`.
         accelerate: arguments of `lcmlora.accelerate` for all accelerated cells.
-        call, more: arguments of every call. Those that only some pipelines take go into `call`.
+        call: arguments of every call, those that only some pipelines take.
+        more: arguments of every call.
 
     Returns:
         The sheet. Its rows have what ran; where an axis asks for something else, its label tells.
 
     Raises:
-        TypeError: neither the call nor `accelerate` takes such an argument. CallError: no axis, or a contradiction.
-        LcmLoraError: as `accelerate`, for what a cell asks for. Nothing is drawn then.
+        TypeError: neither the call nor `accelerate` takes such an argument.
+        CallError: no axis, or a contradiction.
+        LcmLoraError: as `accelerate`, for what a cell asks for. Whatever is raised, nothing was drawn.
     """
     columns, down = places(x, "x"), places(y, "y")
     if without:
@@ -341,8 +344,9 @@ def compare(
     Args:
         pipe: a pipeline, accelerated or not. It is given back as it was.
         prompts: one or several.
-        base_steps: of the pipe without the LCM-LoRA; by default as many of these as a strength leaves a step.
-        lcm_steps: of the accelerated pipe.
+        base_steps: of the pipe without the LCM-LoRA; by default those of 1, 4, 8, 15, 20, 25, 30 and 50 that a
+            strength leaves a step.
+        lcm_steps: of the accelerated pipe; 1 to 8 by default.
         base_guidance: `guidance_scale` without the LCM-LoRA; None is the pipeline's own default.
         recipes: recipes to have a column each, in the place of `lcm_steps`, at their own steps; where they map to
             files, with these.

@@ -25,10 +25,11 @@ from ..parameters import as_weight
 LCM = "lcmlora_lcm"
 """The name of our own adapter where `adapter_name` gives no other. Styles have the names they are given."""
 Fuse = Literal["auto", True, False]
+"""Whether LoRAs are merged into the weights: wherever that is possible, always, or never."""
 
 
 class Unset(enum.Enum):
-    """The value of an argument that was left out."""
+    """An argument that was left out: what is stays as it is; on a pipe that is not accelerated, the default counts."""
 
     UNSET = "as it is"
 
@@ -37,7 +38,6 @@ class Unset(enum.Enum):
 
 
 UNSET = Unset.UNSET
-"""Left out: what is stays as it is; on a pipe that is not accelerated, the default counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Style:
 Wanted = float | Given | Style
 """A style as it is asked for: a weight, for one that is known; a source, or a `Style`, for a new one."""
 Styles = Mapping[str, Wanted]
+"""Styles by name."""
 
 
 @dataclasses.dataclass(frozen=True)
