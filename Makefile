@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check docs pocket clean
+.PHONY: demo test lint check docs package release pocket clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lcmlora demo --out demo
@@ -29,8 +29,20 @@ $(VENV)/.dev: $(VENV)/.demo
 	PYTHON=$(PYTHON) scripts/setup.sh $(VENV) dev
 	touch $@
 
+package: $(VENV)/.release  # the sdist and the wheel, each installed in an empty environment and used
+	$(BIN)/python scripts/package.py
+
+release: $(VENV)/.release  # make release VERSION=0.2.0
+	$(BIN)/python scripts/release.py $(VERSION)
+
+$(VENV)/.release: pyproject.toml constraints.txt
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q 'pip>=25.1'
+	$(BIN)/python -m pip install -q -c constraints.txt --group release
+	touch $@
+
 pocket: $(VENV)/.dev  # train the embedded model anew: hours on two cores
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,train]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train]' --group pocket
 	PATH="$(abspath $(BIN)):$$PATH" examples/pocket/make.sh $(or $(WORK),pocket-work)
 
 clean:

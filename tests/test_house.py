@@ -25,7 +25,7 @@ from lcmlora.sheets import metrics
 PACKAGE = Path(lcmlora.__file__).parent
 SIGNATURES = Path(__file__).with_name("signatures.txt")
 RANKS = (
-    ("errors",),
+    ("errors", "quiet"),
     ("warn", "compat", "tables", "writing", "pages"),
     ("devices", "progress"),
     ("layers",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import lcmlora
 from conftest import assert_same, snapshot
@@ -67,3 +68,9 @@ def test_prompts_of_the_demo_are_made_of_words_it_knows():
 def test_unknown_variants_are_refused():
     with pytest.raises(ValueError, match="'base' or 'chalk'"):
         lcmlora.load_pocket("watercolour")
+
+
+def test_every_release_of_transformers_reads_its_text_encoder():
+    """Older ones know these names alone, and take random weights in the place of others."""
+    with safe_open(pocket.MODEL / "pipeline/text_encoder/model.safetensors", "pt") as file:
+        assert {key.partition(".")[0] for key in file.keys()} == {"text_model"}  # noqa: SIM118

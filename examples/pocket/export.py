@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from pictures import BACKGROUNDS, POSITIONS, SIZES, TAUGHT, THINGS, Scene, caption
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -103,6 +103,14 @@ def write_papers(output: Path, parameters: int, error: float, words: dict[str, l
     (output / "README.md").write_text(card, encoding="utf-8")
 
 
+def name_as_ever(file: Path) -> None:
+    """Name a text encoder's tensors as every release of transformers reads them: newer ones read "text_model." too,
+    but write none, and older ones then take random weights in the place of all.
+    """
+    named = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in load_file(file).items()}
+    save_file(named, file, {"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for part in ("base", "lcm", "style", "chalk", "output"):
@@ -117,6 +125,7 @@ def main() -> None:
     parameters = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
     error = 0.0
     pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
+    name_as_ever(args.output / "pipeline" / "text_encoder" / "model.safetensors")
     if args.chalk:
         tuned = UNet2DConditionModel.from_pretrained(args.chalk / "unet")
         tensors, error = difference(pipe.unet.float(), tuned)

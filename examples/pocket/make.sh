@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From two npm packages of drawings to the model inside the wheel. On two cores: about two hours and a half.
 #
-#     pip install -e '.[demo,train]' && examples/pocket/make.sh WORK
+#     pip install -e '.[train]' --group pocket && examples/pocket/make.sh WORK
 #
 # Every step resumes from its checkpoint in WORK, so the script can be stopped and started again. Needs `npm`.
 set -euo pipefail

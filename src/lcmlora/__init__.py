@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .quiet import IMPORTING, hushed
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -125,7 +127,8 @@ if not TYPE_CHECKING:  # a type checker would take it as a promise that any name
             return import_module(f".{name}", __name__)
         if name not in _HOME:
             raise AttributeError(f"module 'lcmlora' has no attribute {name!r}")
-        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        with hushed(*IMPORTING):
+            value = getattr(import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
 

@@ -16,6 +16,7 @@ from . import __version__, calls
 from . import recipe as recipes
 from .acceleration import merged
 from .calling import HOOKS
+from .compat import bars_hidden
 from .errors import PipelineError, brief
 from .lora.sources import REPOSITORY
 from .policy import Policy
@@ -59,7 +60,7 @@ def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
             made = Path(place) / folder.name
-            with merged(pipe):
+            with merged(pipe), bars_hidden():
                 _require_plain(pipe)
                 cls: Any = calls.plain(type(pipe))  # an accelerated pipe's own save_pretrained warns
                 cls.save_pretrained(pipe, made, **save)
@@ -117,7 +118,8 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
     steps = call.get("num_inference_steps", recipe.steps)
     policy = Policy(steps=steps, guidance=call.get("guidance_scale"), recipe=recipe)
     try:
-        pipe = DiffusionPipeline.from_pretrained(os.path.abspath(folder), **load)
+        with bars_hidden():
+            pipe = DiffusionPipeline.from_pretrained(os.path.abspath(folder), **load)
     except Exception as error:  # diffusers raises many kinds
         raise PipelineError(f"{folder} can't be loaded as a pipeline: {error}") from error
     found = Shell.of(pipe)

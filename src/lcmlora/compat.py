@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -157,6 +160,45 @@ def without_bars(pipe: Any) -> Iterator[None]:
         own.pop(_BARS, None)
         if before is not None:
             own[_BARS] = before
+
+
+class _Bars:
+    """Stands where a library keeps whether it shows bars, and says no to the threads that hide them."""
+
+    def __init__(self, shown: Any) -> None:
+        self.shown = shown
+        self.hidden: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.shown) and get_ident() not in self.hidden
+
+
+_BARS_LOCK = Lock()
+
+
+@contextmanager
+def bars_hidden() -> Iterator[None]:
+    """No bars of diffusers and transformers while this thread loads or saves.
+
+    Other threads keep theirs, and what the program says about bars meanwhile stays. The hub's bars are others: a
+    download is seen.
+    """
+    homes, here = (diffusers.utils.logging, transformers.utils.logging), get_ident()
+    with _BARS_LOCK:
+        for home in homes:
+            if not isinstance(home._tqdm_active, _Bars):
+                home._tqdm_active = _Bars(home._tqdm_active)
+        switches = [home._tqdm_active for home in homes]
+        for switch in switches:
+            switch.hidden.append(here)
+    try:
+        yield
+    finally:
+        with _BARS_LOCK:
+            for home, switch in zip(homes, switches, strict=True):
+                switch.hidden.remove(here)
+                if home._tqdm_active is switch and not switch.hidden:
+                    home._tqdm_active = switch.shown
 
 
 def is_offloaded(pipe: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from . import __version__, pocket
 from .acceleration import accelerated
 from .errors import LcmLoraWarning
+from .quiet import TEXT_ENCODERS, hushed
 from .sheets import BASE_STEPS, Sheet, sweep, sweep_guidance, sweep_steps
 from .transition.target import Style
 
@@ -104,9 +105,10 @@ def _steps(count: int, **more: Any) -> dict[str, Any]:
 def _with_style(pipe: Any) -> Sheet:
     """The style LoRA alone at 50 steps (through plain diffusers) and at 4, then with the LCM-LoRA beside it at 4."""
     base = {"guidance_scale": pocket.GUIDANCE}
-    pipe.load_lora_weights(
-        pocket.STYLE, weight_name="pytorch_lora_weights.safetensors", adapter_name="3d", local_files_only=True
-    )
+    with hushed(TEXT_ENCODERS):
+        pipe.load_lora_weights(
+            pocket.STYLE, weight_name="pytorch_lora_weights.safetensors", adapter_name="3d", local_files_only=True
+        )
     alone = sweep(pipe, PROMPTS, {"style, 50 steps": _steps(50, **base), "style, 4 steps": _steps(4, **base)})
     pipe.unload_lora_weights()
     cells = {"style + LCM, 4 steps": _steps(4), "guidance 1.5": _steps(4, guidance_scale=1.5)}

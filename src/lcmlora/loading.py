@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -22,11 +21,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
 
 from . import pocket
 from .baking import load_baked
-from .compat import set_name_or_path
+from .compat import bars_hidden, set_name_or_path
 from .errors import PipelineError
 from .lora.sources import REPOSITORY
 from .transition.snapshot import read_baked
@@ -99,7 +99,7 @@ def load(
     except RuntimeError as error:
         raise PipelineError(f"device={device!r}: 'cuda', 'cuda:1', 'mps' or 'cpu' is expected.") from error
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
-    with _told(model):
+    with _told(model), bars_hidden():
         pipe = _loaded(model, dtype, config, options)
     if kind is not None:
         pipe = _as_kind(pipe, kind)
@@ -193,17 +193,16 @@ def as_class(pipe: Any, name: str) -> Any:
 
 
 @contextmanager
-def bars_hidden() -> Iterator[None]:
-    """No bars of the libraries that load and download. For a program; a library leaves them to its user."""
-    loggers = [diffusers.utils.logging, transformers.utils.logging]  # the latter's is the hub client's switch too
-    shown = [logger for logger in loggers if logger.is_progress_bar_enabled()]
-    for logger in shown:
-        logger.disable_progress_bar()
+def downloads_hidden() -> Iterator[None]:
+    """No bars of the hub's client. For a program; a library leaves them to its user."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
     try:
         yield
     finally:
-        for logger in shown:
-            logger.enable_progress_bar()
+        enable_progress_bars()
 
 
 @contextmanager

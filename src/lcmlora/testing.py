@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .layers import layer_shape, layers, lcm_layers, unet_of
+from .quiet import IMPORTING, hushed
 
 _SHAPE: dict[str, Any] = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 _SHAPE |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": 4}
@@ -48,7 +49,9 @@ def tiny_pipeline(kind: Literal["sd", "sdxl"] = "sd", *, seed: int = 0, cls: Any
             that needs further parts is made of a pipeline: `cls.from_pipe(tiny_pipeline(), controlnet=...)`.
         unet_changes: what differs in the UNet's config, such as `in_channels=9`.
     """
-    cls = cls or (diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline)
+    if cls is None:
+        with hushed(*IMPORTING):
+            cls = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
     tokenizer = tiny_tokenizer()
     with seeded(seed):
         parts = {"vae": tiny_vae(), "text_encoder": CLIPTextModel(text_config(tokenizer)), "tokenizer": tokenizer}

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 from diffusers import DiffusionPipeline
 
 from ..acceleration import restore
-from ..compat import shows_bars, without_bars
+from ..compat import bars_hidden, shows_bars, without_bars
 from ..devices import device_of, hardware
 from ..errors import CallError, PipelineError, brief
 from ..lora.sources import Given
@@ -114,7 +114,8 @@ def benchmark(
 
 def _loaded(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
     try:
-        return DiffusionPipeline.from_pretrained(os.fspath(source), **options)
+        with bars_hidden():
+            return DiffusionPipeline.from_pretrained(os.fspath(source), **options)
     except Exception as error:  # the hub and diffusers raise many kinds
         raise PipelineError(f"{os.fspath(source)!r} could not be loaded: {_first_line(error)}") from error
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import click
 
+from ..quiet import IMPORTING, hushed
 from .words import in_shell_words
 
 INTERRUPTED = 130
@@ -29,7 +30,7 @@ class Commands(click.Group):
         from ..errors import LcmLoraError  # no import of torch: errors has none
 
         try:
-            with _warnings_as_lines():
+            with _warnings_as_lines(), hushed(*IMPORTING):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Stopped.", err=True)
@@ -77,14 +78,14 @@ class Say:
 
     @contextmanager
     def loading(self, what: str | None) -> Iterator[None]:
-        """Say that something is loaded; with `--quiet` hide the bars of the libraries that do it."""
+        """Say that something is loaded; with `--quiet` hide the hub's bars too."""
         if what is None or not self.quiet:
             self.tell(f"loading {what}") if what else None
             yield
             return
-        from ..loading import bars_hidden
+        from ..loading import downloads_hidden
 
-        with bars_hidden():
+        with downloads_hidden():
             yield
 
     def result(self, text: str, data: Any) -> None:

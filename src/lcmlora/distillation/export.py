@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 import warnings
 from collections import Counter
@@ -25,6 +24,7 @@ from ..lora.adapters import Adapters
 from ..lora.files import WEIGHT_NAME, cover, read
 from ..lora.merge import FileLora
 from ..lora.sources import Given, Source
+from ..quiet import TEXT_ENCODERS, hushed
 from ..writing import whole
 
 ADAPTER, REHEARSAL = "lcmlora_student", ".rehearsal-"
@@ -230,15 +230,12 @@ def _plainly(pipe: Any, file: Path) -> Iterator[None]:
     """The file loaded as its users without lcmlora do it."""
     adapters, scheduler = Adapters(ModuleIndex.of(pipe.unet)), pipe.scheduler
     found = recipe.by_name(read(Source.of(file).find()).recipe or recipe.LCM.name)
-    logger = logging.getLogger("diffusers.loaders.lora_base")  # it warns that nothing is for the text encoders
-    level = logger.level
     try:
-        logger.setLevel(logging.ERROR)
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
+        with hushed(TEXT_ENCODERS):
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
         pipe.scheduler = getattr(diffusers, found.scheduler).from_config(scheduler.config)
         yield
     finally:
-        logger.setLevel(level)
         adapters.restore()
         pipe.scheduler = scheduler
 

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..quiet import IMPORTING, hushed
+
 if TYPE_CHECKING:
     import torch
 
@@ -43,17 +45,24 @@ def load_pocket(variant: Literal["base", "chalk"] = "base", *, dtype: torch.dtyp
         ValueError: there is no such variant.
     """
     import torch
-    from diffusers import StableDiffusionPipeline
-
-    from ..compat import set_name_or_path
 
     if variant not in ("base", "chalk"):
         raise ValueError(f"variant={variant!r}: 'base' or 'chalk' is expected.")
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL / "pipeline", dtype=torch.float32, local_files_only=True)
+    with hushed(*IMPORTING):
+        from diffusers import StableDiffusionPipeline
+
+        from ..compat import bars_hidden, set_name_or_path
+
+        with bars_hidden():
+            pipe = StableDiffusionPipeline.from_pretrained(
+                MODEL / "pipeline", dtype=torch.float32, local_files_only=True
+            )
     if variant == "chalk":
         _add_difference(pipe.unet, MODEL / "chalk" / "unet_difference.safetensors")
     set_name_or_path(pipe, "pocket" if variant == "base" else f"pocket:{variant}")  # whatever machine reads it
-    return pipe if dtype is None else pipe.to(dtype=dtype)  # "to" logs, even where there is nothing to do
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        torch.nn.Module.to(model, dtype=dtype)  # diffusers' own `to` logs a warning for any dtype
+    return pipe
 
 
 def _add_difference(unet: Any, file: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..compat import bars_hidden
 from ..errors import DataError, LcmLoraError, brief
 from .sheet import Cell, Sheet
 
@@ -225,7 +226,8 @@ def _from_folder(folder: str | Path) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoProcessor
 
     try:
-        made = AutoModel.from_pretrained(folder, local_files_only=True)
+        with bars_hidden():
+            made = AutoModel.from_pretrained(folder, local_files_only=True)
         return made, AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().partition("\n")[0]
