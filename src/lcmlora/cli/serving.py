@@ -57,11 +57,11 @@ def live(
         from ..live import serve
 
         address = stack.enter_context(serve(room, prompt, host=host, port=port, share=share))
-        say.tell("Ctrl-C ends it.")
-        say.result(address, {"address": address})
-        if browse:
-            click.launch(address)
         with suppress(KeyboardInterrupt):
+            say.tell("Ctrl-C ends it.")
+            say.result(address, {"address": address})
+            if browse:
+                click.launch(address)
             threading.Event().wait()
 
 

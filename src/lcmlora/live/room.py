@@ -382,20 +382,15 @@ def _require_drawing(pipe: Any, settings: Mapping[str, Any]) -> Parameters:
     Raises:
         PipelineError: it does not draw pictures from texts, or is accelerated already.
     """
-    takes = Parameters.of(plain(type(pipe)), "__call__")
-    needed = {name for name, default in takes.defaults.items() if default is inspect.Parameter.empty}
-    texts = (
-        "prompt" in takes.defaults and not (needed - {"prompt"}) and not {"image", "mask_image"} & set(takes.places)
-    )
-    if not texts or not isinstance(unet_of(pipe), UNet2DConditionModel):
-        raise PipelineError(
-            f"a {type(pipe).__name__} does not draw pictures from texts: give a text-to-image pipeline."
-        )
+    drawn = isinstance(unet_of(pipe), UNet2DConditionModel)
+    takes = Parameters.of(plain(type(pipe)), "__call__") if drawn else None
+    needed = [name for name, default in takes.defaults.items() if default is inspect.Parameter.empty] if takes else []
+    if takes is None or "prompt" not in takes.defaults or "image" in takes.places or set(needed) - {"prompt"}:
+        name = type(pipe).__name__
+        raise PipelineError(f"a {name} does not draw pictures from texts: a text-to-image pipeline is expected.")
     record = pipe_record_of(pipe)
     if record is not None and not record.baked:
-        raise PipelineError(
-            "this pipe is accelerated already, and the room does that itself: lcmlora.restore(pipe) it."
-        )
+        raise PipelineError("this pipe is accelerated already, and the room does that: lcmlora.restore(pipe) first.")
     if record is not None and settings:
         raise PipelineError(f"this pipe was baked: there is nothing for {next(iter(settings))}= to do.")
     return takes

@@ -47,7 +47,7 @@ def build(room: Room, prompt: str) -> gr.Blocks:
         inputs = [text, *_controls(room), gr.Textbox(visible=False)]
         for control in inputs[:-1]:
             if not isinstance(control, gr.Radio):  # another recipe has other sliders first
-                control.input(None, js=_ASK, **_HIDDEN)
+                control.change(None, js=_ASK, **_HIDDEN)  # `input` of a Textbox is deaf to what is deleted or pasted
         latest: Any = {"trigger_mode": "always_last", **_HIDDEN}
         asked = fast.input(page.fast, inputs, [fast], js=_collect("#live-fast"), queue=False, **latest)
         asked.then(None, js=_SETTLE, **_HIDDEN)
@@ -83,7 +83,7 @@ def _controls(room: Room) -> list[Any]:
         recipe = gr.Radio(list(room.choices), value=first.name, label="Recipe", scale=3, min_width=150)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=110)
         dice = gr.Button("Another seed", min_width=110, elem_id="live-dice")
-    dice.click(None, None, [seed], js=_DICE, **_HIDDEN).then(None, js=_ASK, **_HIDDEN)
+    dice.click(None, None, [seed], js=_DICE, **_HIDDEN)
     changed = recipe.input(
         lambda name: [gr.update(**_steps(room.choices[name])), gr.update(**_guidance(room.choices[name]))],
         [recipe],
