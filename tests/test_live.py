@@ -183,6 +183,20 @@ def test_the_base_is_given_up_where_its_visitor_leaves(made):
         assert base.result() is None
 
 
+def test_a_base_that_waits_while_the_room_closes_is_drawn_or_refused(made):
+    with held(made._pipes["text2img"].unet) as unet:
+        fast = unet.pool.submit(made.draw, Scene("one"), "me")
+        assert unet.begun.wait(60)
+        base = unet.pool.submit(made.draw_base, Scene("two"), "you")
+        until(lambda: "you" in made._newest)
+        closing = unet.pool.submit(made.close)
+        unet.on.set()
+        assert fast.result().image
+        closing.result()
+        error = base.exception()  # None where it came first
+        assert error is None or (isinstance(error, lcmlora.PipelineError) and "closed" in str(error))
+
+
 def test_closing_gives_the_pipe_back_bit_for_bit(files, quick):
     pipe = sd_pipe()
     pipe("x", num_inference_steps=1)
@@ -403,9 +417,10 @@ def test_the_pictures_follow_what_is_typed(visit):
     expect(page.locator("#live-fast figcaption")).to_contain_text(re.compile(r"lcm4 steps, guidance 1.*\d s"))
     before = picture(page), picture(page, "base")
     page.get_by_label("Prompt").fill("")
-    page.get_by_label("Prompt").press_sequentially("an owl & <b>a fox</b>")
+    nasty = "an owl & '<b>' ${1 + 1} {{value}}"
+    page.get_by_label("Prompt").press_sequentially(nasty)
     for frame in ("fast", "base"):
-        expect(page.locator(f"#live-{frame} img")).to_have_attribute("alt", "an owl & <b>a fox</b>", timeout=60_000)
+        expect(page.locator(f"#live-{frame} img")).to_have_attribute("alt", nasty, timeout=60_000)
     settled(page)
     assert picture(page) != before[0]
     assert picture(page, "base") != before[1]

@@ -38,6 +38,7 @@ NONE = "none"
 """The choice that draws with the model as it is."""
 QUIET = 0.25
 """Seconds without a wish before the base is drawn: whoever types has it quiet."""
+_CLOSED = "this room is closed: its pipe is what it was."
 _MOST_STEPS = 8
 _REMEMBERED = 8
 _OF_ONE_FILE = {"recipe", "lora", "weight_name", "subfolder", "revision", "weight", "steps", "guidance"}
@@ -257,7 +258,7 @@ class Room:
             CallError: there is no such choice, or no such style.
         """
         if not self._pipes:
-            raise PipelineError("this room is closed.")
+            raise PipelineError(_CLOSED)
         if scene.image is not None and not self.sketches:
             raise CallError("this room's model is baked, so it draws from texts alone.")
         if odd := sorted((scene.styles or {}).keys() - self.styles.keys()):
@@ -423,8 +424,14 @@ def _with_bars_of(pipe: Any, other: Any) -> Any:
 
 
 def _of_kind(pipes: dict[str, Any], scene: Scene) -> tuple[str, Any]:
-    """The pipe for scenes of this kind; of the same parts, where it is the first."""
+    """The pipe for scenes of this kind; of the same parts, where it is the first.
+
+    Raises:
+        PipelineError: the room was closed meanwhile, or there is no such pipe.
+    """
     kind = "text2img" if scene.image is None else "img2img"
+    if not pipes:
+        raise PipelineError(_CLOSED)
     if kind not in pipes:
         pipes[kind] = _with_bars_of(pipes["text2img"], as_kind(pipes["text2img"], kind))
     return kind, pipes[kind]

@@ -167,7 +167,7 @@ class _Page:
             return self._figure("", f"<p role='alert'>{html.escape(str(error))}</p>")
         if drawn is None:
             return gr.skip()
-        name = "as it is" if draw == self._room.draw_base else scene.recipe
+        name = "as it is" if draw == self._room.draw_base else html.escape(str(scene.recipe))
         steps = f"{drawn.steps} step{'s' * (drawn.steps != 1)}, guidance {drawn.guidance:g}"
         caption = (
             f"<b>{name}</b><span class='steps'>{steps}</span><span class='times'></span>"
