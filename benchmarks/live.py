@@ -116,9 +116,9 @@ def measure(keys: int, seconds: float) -> dict[str, Any]:
 
 
 def screenshot(file: Path) -> None:
-    with page_of(True, 940, 790) as page:
+    with page_of(True, 1100, 800) as page:
         page.evaluate("document.activeElement.blur()")
-        page.screenshot(path=file)
+        page.screenshot(path=file, full_page=True)
 
 
 def main() -> None:
