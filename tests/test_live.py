@@ -426,6 +426,26 @@ def test_the_pictures_follow_what_is_typed(visit):
     assert picture(page, "base") != before[1]
 
 
+TYPE_ON = """async () => {
+  const collect = lcmloraLive.collect;
+  let wishes = 0;
+  lcmloraLive.collect = (...given) => { wishes += 1; return collect(...given); };
+  for (let key = 0; key < 30; key++) {
+    document.querySelector("#live-fast figure").dataset.seconds = 9;
+    lcmloraLive.ask();
+    await new Promise((done) => setTimeout(done, 50));
+  }
+  return wishes;
+}"""
+
+
+@in_browser
+def test_who_types_on_without_a_pause_has_pictures_all_the_same(visit):
+    page = visit()
+    assert page.evaluate(TYPE_ON) > 1  # though each slow picture gives the next key a grace
+    settled(page)
+
+
 @in_browser
 def test_sliders_change_the_accelerated_picture_and_the_styles_both(visit):
     page = visit()

@@ -1,14 +1,16 @@
 // Runs once, in the frame of the accelerated picture: `element` is that frame, `trigger` asks for a new picture.
 const of = (name) => document.querySelector(name);
-const GRACE = 120; // milliseconds after the last change, where a picture takes longer than that
-let timer = 0;
+const GRACE = 120, SLOW = 250; // milliseconds after the last change, where a picture takes longer than SLOW
+let timer = 0, since = null;
 
 const live = {
   // Whatever was changed: ask for its picture, soon.
   ask() {
-    const last = of("#live-fast figure");
+    const slow = of("#live-fast figure")?.dataset.seconds * 1000 > SLOW, now = performance.now();
+    since ??= now;
     clearTimeout(timer);
-    timer = setTimeout(() => trigger("input"), last && last.dataset.seconds * 1000 > GRACE ? GRACE : 0);
+    const wait = slow ? Math.min(GRACE, since + 2 * GRACE - now) : 0; // who never pauses is not left without pictures
+    timer = setTimeout(() => { since = null; trigger("input"); }, wait);
   },
   // As the wish goes out: mark the picture that is waited for, and send the sketch along where one is drawn.
   collect(values, frame) {
