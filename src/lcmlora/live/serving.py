@@ -28,7 +28,7 @@ def require_gradio() -> None:
 
 
 def page(room: Room, prompt: str | None = None) -> Any:
-    """The page in front of a room, as a `gradio.Blocks`: to launch, or to `render()` inside another one.
+    """The page in front of a room, as a `gradio.Blocks`: to launch; one made inside another becomes a part of it.
 
     Args:
         room: that draws. The page does not close it.
