@@ -23,5 +23,5 @@ if ! "$venv/bin/python" -m pip show --quiet torch 2>/dev/null; then
 fi
 "${pip[@]}" -e '.[train]'
 if [ "$kind" = dev ]; then
-  "${pip[@]}" --group test --group lint --group docs --group examples
+  "${pip[@]}" --group test --group lint --group docs --group examples --group live
 fi

@@ -19,7 +19,7 @@ from PIL import Image
 
 import lcmlora
 from conftest import PIPES, sd_pipe
-from lcmlora import testing
+from lcmlora import live, testing
 from lcmlora.sheets import metrics
 
 PACKAGE = Path(lcmlora.__file__).parent
@@ -39,7 +39,7 @@ RANKS = (
     ("sheets", "baking", "pocket", "loading", "testing", "distillation"),
     ("benchmarking",),
     ("generating",),
-    ("demo",),
+    ("demo", "live"),
     ("cli", "__main__"),
 )
 """Each module or folder may import from its own row and from those above."""
@@ -326,6 +326,7 @@ def surface() -> str:
     """Every public name with its signature; a class with its fields and methods."""
     lines = []
     public = {lcmlora: lcmlora.__all__, testing: ("tiny_lora", "tiny_pipeline")}
+    public[live] = live.__all__
     public[metrics] = ("clip_score", "distance", "lpips", "measured", "pick_score")
     for home, names in public.items():
         for name in names:

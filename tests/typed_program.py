@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lcmlora
+from lcmlora import live
 from lcmlora.sheets.metrics import distance, measured
 from lcmlora.testing import tiny_lora, tiny_pipeline
 
@@ -92,6 +93,18 @@ def own_lora(data: Path) -> Path:
     small: lcmlora.ResizedLora = lcmlora.resize_lora(file, 4, "small.safetensors")
     assert small.kept >= small.least[1]
     return small.file
+
+
+def live_page(pipe: Pipeline, styles: dict[str, Path]) -> float:
+    with live.Room(pipe, base_steps=50, base_guidance=7.5, size=(512, 768), recipe="hyper-8", styles=styles) as room:
+        scene, choice = live.Scene("a fox", styles={"ink": 0.5}, seed=1), room.choices["none"]
+        drawn: live.Drawn | None = room.draw(scene, "me")
+        base = room.draw_base(scene, visitor="me")
+        with live.serve(room, "a fox", port=0) as address:
+            assert address.startswith("http"), live.page(room)
+            assert choice.usual_steps
+        room.leave("me")
+    return base.seconds / drawn.seconds if base and drawn else 0.0
 
 
 def refusals(pipe: Pipeline) -> str:

@@ -102,7 +102,7 @@ def load(
     with _told(model), bars_hidden():
         pipe = _loaded(model, dtype, config, options)
     if kind is not None:
-        pipe = _as_kind(pipe, kind)
+        pipe = as_kind(pipe, kind)
     try:
         return pipe if device.type == "cpu" else pipe.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, no such device, torch without it
@@ -168,12 +168,16 @@ def _shapes(path: Path) -> Mapping[str, torch.Tensor]:
         return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
 
 
-def _as_kind(pipe: Any, kind: str) -> Any:
-    """A pipeline for something else, of the same parts."""
+def as_kind(pipe: Any, kind: str, **parts: Any) -> Any:
+    """A pipeline for something else, of the same parts where no others are given.
+
+    Raises:
+        PipelineError: there is no such kind, or no pipeline of it for these parts.
+    """
     if kind not in KINDS:
         raise PipelineError(f"kind={kind!r}: one of {', '.join(KINDS)} is expected.")
     try:
-        return KINDS[kind].from_pipe(pipe)
+        return KINDS[kind].from_pipe(pipe, **parts)
     except (ValueError, AttributeError, TypeError) as error:
         raise PipelineError(f"there is no {kind} pipeline for a {type(pipe).__name__}: {error}") from error
 

@@ -17,6 +17,7 @@ from .drawing import generate
 from .group import Commands
 from .measuring import benchmark, compare, sweep
 from .models import bake, bases, inspect, recipes
+from .serving import live
 from .showing import demo
 from .training import distill
 
@@ -39,5 +40,5 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-for command in (generate, sweep, compare, benchmark, inspect, bases, recipes, bake, distill, demo):
+for command in (generate, sweep, compare, benchmark, inspect, bases, recipes, bake, distill, demo, live):
     main.add_command(command)

@@ -34,6 +34,7 @@ _PHRASES = (
     (r"lcmlora\.Style\(source, weight(?:, '[^']*')?\)", "--style name=source:weight"),
     (r"styles=\{\}", "no --style"),
     (r"overwrite=True", "--overwrite"),
+    (r"base=False", "--no-compare"),
 )
 _WRAPPED = re.compile(r"(?:lcmlora\.)?accelerate\((?:pipe, )?(--[^()]*)\)")
 
