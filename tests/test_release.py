@@ -73,11 +73,10 @@ RUN = json.loads((ROOT / "benchmarks/results/versions.json").read_text(encoding=
 
 
 def test_what_is_claimed_was_run():
-    """docs/versions.md: the lowest versions are those of pyproject.toml, every named Python was run, and all passed."""
+    """docs/versions.md: the lowest versions are those of pyproject.toml, each named Python was run, all passed."""
     least = dict(re.match(r"([\w.-]+)>=([\d.]+)", one).groups() for one in PROJECT["project"]["dependencies"])
     for name in least.keys() & RUN["lowest"]["versions"].keys():
-        version = RUN["lowest"]["versions"][name][0]
-        assert version.removesuffix(".0") == least[name].removesuffix(".0"), name
+        assert RUN["lowest"]["versions"][name][0].removesuffix(".0").startswith(least[name]), name
     pythons = {line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line}
     assert pythons == {found["python"].rpartition(".")[0] for found in RUN.values()}
     assert f">={min(pythons)}" == PROJECT["project"]["requires-python"]

@@ -55,7 +55,8 @@ _CLASSES = {
 
 def default_device() -> str:
     """An accelerator where there is one, else the processor. Of several processes each has its own."""
-    if (found := torch.accelerator.current_accelerator(check_available=True)) is None:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None:
         return "cpu"
     place = os.environ.get("LOCAL_RANK")  # which torchrun and `accelerate launch` set
     return found.type if place is None else f"{found.type}:{int(place) % torch.accelerator.device_count()}"
