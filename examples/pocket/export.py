@@ -13,8 +13,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from pictures import BACKGROUNDS, POSITIONS, SIZES, TAUGHT, THINGS, Scene, caption
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from pictures import BACKGROUNDS, POSITIONS, SIZE, SIZES, TAUGHT, THINGS, Scene, caption
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -39,6 +40,13 @@ def difference(base: UNet2DConditionModel, tuned: UNet2DConditionModel) -> tuple
     return tensors, (error / total) ** 0.5
 
 
+def copy_lora(source: Path, file: Path) -> None:
+    """Without the recipe that it may name: it was measured under two, and neither shall warn of the other."""
+    with safe_open(source, "pt") as opened:
+        metadata = {key: value for key, value in opened.metadata().items() if key != "lcmlora_recipe"}
+    save_file(load_file(source), file, metadata)
+
+
 MODEL_CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -46,14 +54,15 @@ tags: [stable-diffusion, lcm-lora, test-model]
 ---
 # The model inside lcmlora
 
-A text-to-image pipeline of Stable Diffusion's shape ({parameters:.1f} M parameters, half precision), 64 x 64 pixels,
-that knows {things} things on {backgrounds} backgrounds: "{example}". It exists to show and to test lcmlora without a
-model hub; it is good for nothing else.
+A text-to-image pipeline of Stable Diffusion's shape ({parameters:.1f} M parameters, half precision), {side} x {side}
+pixels, that knows {things} things on {backgrounds} backgrounds: "{example}". It exists to show and to test lcmlora
+without a model hub; it is good for nothing else.
 
 | folder | what | made by |
 | --- | --- | --- |
 | `pipeline` | VAE, CLIPTextModel with its own tokenizer, UNet2DConditionModel | `train_vae.py`, `train_base.py` |
-| `lcm-lora` | its LCM-LoRA | `lcmlora distill` |
+| `tiny-vae` | an AutoencoderTiny for the same latents, `vae="tiny"` | `train_tiny.py` |
+| `lcm-lora` | its few-step LoRA, for LCMScheduler and TCDScheduler alike | `lcmlora distill` |
 | `style-lora` | a style LoRA: soft 3-D renders | `train_style.py` (diffusers and PEFT alone) |
 | `chalk` | a fine-tuned UNet: its difference in 8-bit steps (error {error:.1%}) | `train_finetune.py` |
 
@@ -95,6 +104,7 @@ def write_papers(output: Path, parameters: int, error: float, words: dict[str, l
     (output / "licenses" / "FLUENT-EMOJI-MIT.txt").write_text(MIT, encoding="utf-8")
     card = MODEL_CARD.format(
         parameters=parameters / 1e6,
+        side=SIZE,
         things=len(words["things"]),
         backgrounds=len(words["backgrounds"]),
         example=words["example"][0],
@@ -113,7 +123,7 @@ def name_as_ever(file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for part in ("base", "lcm", "style", "chalk", "output"):
+    for part in ("base", "lcm", "style", "chalk", "tiny", "output"):
         parser.add_argument(f"--{part}", type=Path, required=part in ("base", "output"))
     parser.add_argument("--vae", type=Path, help="a VAE with the same encoder and a better decoder")
     args = parser.parse_args()
@@ -135,7 +145,9 @@ def main() -> None:
     for source, name in ((args.lcm, "lcm-lora"), (args.style, "style-lora")):
         if source:
             (args.output / name).mkdir(exist_ok=True)
-            shutil.copyfile(source / LORA, args.output / name / LORA)
+            copy_lora(source / LORA, args.output / name / LORA)
+    if args.tiny:
+        AutoencoderTiny.from_pretrained(args.tiny).half().save_pretrained(args.output / "tiny-vae")
     words = {
         "things": [THINGS[key] for key in TAUGHT],
         "backgrounds": list(BACKGROUNDS),
@@ -146,7 +158,8 @@ def main() -> None:
     (args.output / "words.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
     for file in args.output.rglob("*.json"):  # diffusers notes where the parts were loaded from
         config = json.loads(file.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None):
+        unused = config.pop("block_out_channels", None) if config.get("_class_name") == "AutoencoderTiny" else None
+        if config.pop("_name_or_path", None) or unused:  # nor take those widths, which diffusers then says in the log
             file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_papers(args.output, parameters, error, words)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())

@@ -29,8 +29,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 PACKAGES = {"noto": "@iconify-json/noto@1.2.9", "fluent": "@lobehub/fluent-emoji-3d@1.1.0"}
+# What the whole model hangs on
+SIZE = 128  # side of a picture, pixels
+FACTOR = 8  # pixels to a latent's side
+CHANNELS = 16  # of a latent
 SPRITE = 128  # side of a rendered sprite, pixels
-SIZE = 64  # side of a training picture, pixels
 
 # key in the Noto set -> the words a prompt uses, where they differ from the key with spaces for dashes
 THINGS = {
@@ -175,20 +178,20 @@ class Sprites:
 def _chalk(sprite: Image.Image, corner: tuple[int, int], colour: tuple[int, ...], size: int) -> Image.Image:
     """Pale outlines, half filled with colour, on a dark board that keeps a hint of the background's hue."""
     board = tuple(round(20 + 0.35 * c) for c in colour)
+    width = size / 96  # of a stroke, pixels
     flat = Image.new("RGB", sprite.size, (128, 128, 128))
     flat.paste(sprite, (0, 0), sprite)
-    pixels = np.asarray(flat.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32)
+    pixels = np.asarray(flat.filter(ImageFilter.GaussianBlur(0.6 * width)), dtype=np.float32)
     gradient = sum(np.abs(np.gradient(pixels, axis=axis)).max(-1) for axis in (0, 1))
-    alpha = np.asarray(sprite.getchannel("A").filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32)
+    alpha = np.asarray(sprite.getchannel("A").filter(ImageFilter.GaussianBlur(0.6 * width)), dtype=np.float32)
     rim = sum(np.abs(np.gradient(alpha, axis=axis)) for axis in (0, 1))
-    stroke = np.clip((gradient / 55) + (rim / 90), 0, 1) ** 0.8
+    stroke = np.clip(width * (gradient / 55 + rim / 90), 0, 1) ** 0.8
     tint = 0.5 * 245 + 0.5 * pixels  # chalk with some of the drawing's own colour
     body = np.clip(alpha / 255, 0, 1)[..., None] * 0.5
     canvas = np.empty((size, size, 3), dtype=np.float32)
     canvas[:] = board
     left, top = corner
-    height, width = stroke.shape
-    part = canvas[top : top + height, left : left + width]
+    part = canvas[top : top + stroke.shape[0], left : left + stroke.shape[1]]
     part += (pixels - part) * body
     part += (tint - part) * stroke[..., None]
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -24,10 +23,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from pictures import SIZE, TAUGHT, THINGS, Scene, Sprites, caption, training_scenes
+from pictures import CHANNELS, FACTOR, SIZE, TAUGHT, THINGS, Scene, Sprites, caption, training_scenes
 from tokenizers import Tokenizer as BpeTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 from train_vae import to_tensor
+from training import Log, MuonAndAdamW, save
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TOKENS = 16  # length of every prompt, start and end marks included
@@ -72,7 +72,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=SIZE // 4,
+        sample_size=SIZE // FACTOR,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         block_out_channels=(48, 80, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -84,14 +86,19 @@ def build_unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, sprites: Sprites, scenes: list[Scene], look: str) -> torch.Tensor:
-    """Latents of the scenes' pictures, scaled, shape (scenes, 4, 16, 16)."""
+def encode_pictures(vae: AutoencoderKL, sprites: Sprites, scenes: list[Scene], look: str, cache: Path) -> torch.Tensor:
+    """Latents of the scenes' pictures, scaled, shape (scenes, CHANNELS, side, side), kept in the file `cache`."""
+    if cache.exists():
+        return torch.load(cache, weights_only=True).float()
+    vae.to(memory_format=torch.channels_last)
     latents = []
     for first in range(0, len(scenes), 100):
         pictures = [
             sprites.compose(s, look, random.Random(first + i)) for i, s in enumerate(scenes[first : first + 100])
         ]
         latents.append(vae.encode(to_tensor(pictures)).latent_dist.mode() * vae.config.scaling_factor)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    save(torch.cat(latents).half(), cache)
     return torch.cat(latents)
 
 
@@ -120,7 +127,7 @@ def further_training(
     """What training on from `args.base` starts with: the pipe, and a look's latents, embeddings and empty prompt."""
     pipe = StableDiffusionPipeline.from_pretrained(args.base)
     scenes = training_scenes(args.pictures, seed=seed)
-    latents = encode_pictures(pipe.vae, Sprites(args.data), scenes, look)
+    latents = encode_pictures(pipe.vae, Sprites(args.data), scenes, look, args.output / "latents.pt")
     return pipe, latents, *encode_prompts(pipe, scenes)
 
 
@@ -151,9 +158,9 @@ def train(
     noise_schedule = DDPMScheduler(**SCHEDULE)
     alphas_cumprod = noise_schedule.alphas_cumprod
     unet, text_encoder = models_["unet"], models_.get("text_encoder")
-    params = [p for m in models_.values() for p in m.parameters() if p.requires_grad]
+    optimizer = MuonAndAdamW(models_.values(), weight_decay=1e-3)
+    params = optimizer.params
     ema = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-3, betas=(0.9, 0.99))
     args.output.mkdir(parents=True, exist_ok=True)
     checkpoint, start = args.output / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -162,16 +169,15 @@ def train(
             p.data.copy_(value)
         ema, start = state["ema"], state["step"]
         optimizer.load_state_dict(state["optimizer"])
-    log, began = (args.output / "log.jsonl").open("a"), time.monotonic()
-    mean_loss = 0.0
+    log = Log(args.output / "log.jsonl")
     for step in range(start, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, args.steps, decay, args.lr)
         generator = torch.Generator().manual_seed(step)
         picked = torch.randint(len(latents), (args.batch,), generator=generator)
         clean = latents[picked]
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(1000, (args.batch,), generator=generator)
+        late = torch.rand(args.batch, generator=generator) < 0.15  # a ground's colour is settled in the first step
+        timesteps = torch.where(late, 900 + timesteps // 10, timesteps)
         dropped = torch.rand(args.batch, generator=generator) < 0.1
         condition = torch.where(dropped.view(-1, *[1] * (tokens.ndim - 1)), empty, tokens[picked])
         if text_encoder is not None:
@@ -180,17 +186,10 @@ def train(
         predicted = unet(noisy, timesteps, condition, return_dict=False)[0]
         error = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
         loss = (error * snr_weight(alphas_cumprod, timesteps)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        optimizer.step(loss, rate(step, args.steps, decay, args.lr), clip=1.0)
         keep = min(args.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - keep)
-        mean_loss += error.mean().item() / 20
-        if (step + 1) % 20 == 0:
-            log.write(json.dumps({"step": step + 1, "loss": mean_loss, "seconds": time.monotonic() - began}) + "\n")
-            log.flush()
-            mean_loss = 0.0
+        log.add(step + 1, loss=error.mean(), weighted=loss)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             state = {
                 "params": [p.detach() for p in params],
@@ -198,8 +197,7 @@ def train(
                 "optimizer": optimizer.state_dict(),
                 "step": step + 1,
             }
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+            save(state, checkpoint)
     for p, average in zip(params, ema, strict=True):
         p.data.copy_(average)
 
@@ -218,11 +216,9 @@ def training_arguments(parser: argparse.ArgumentParser, steps: int, lr: float, d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_arguments(parser, steps=5000, lr=8e-4, decay=1200, pictures=30000)
+    training_arguments(parser, steps=5000, lr=1.5e-3, decay=1200, pictures=30000)
     parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument(
-        "--all-until", type=int, default=1200, help="steps on all THINGS; after that on the TAUGHT ones"
-    )
+    parser.add_argument("--all-until", type=int, default=0, help="steps on all THINGS; after that on the TAUGHT ones")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -235,7 +231,7 @@ def main() -> None:
         if finished(args.output) >= args.steps:
             continue
         scenes = training_scenes(args.pictures, seed=1, things=things)
-        latents = encode_pictures(vae, sprites, scenes, "noto")
+        latents = encode_pictures(vae, sprites, scenes, "noto", args.output / f"latents-{len(things)}.pt")
         tokens, empty = tokenize(tokenizer, [caption(s) for s in scenes]), tokenize(tokenizer, [""])
         decay = args.decay if args.steps == total else 0
         train({"unet": unet, "text_encoder": text_encoder}, latents, tokens, empty, args, decay)
