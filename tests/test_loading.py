@@ -94,7 +94,9 @@ def test_type_and_kind_are_what_was_asked_for(name, model):
     assert type(pipe).__name__ == "StableDiffusionImg2ImgPipeline"
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
     assert pipe.name_or_path == str(model / name)
+    pipe.vae.float()
     assert type(as_class(pipe, "StableDiffusionInpaintPipeline")).__name__ == "StableDiffusionInpaintPipeline"
+    assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32), "the parts are shared, and not cast"
     with pytest.raises(PipelineError, match="no Nonsense can be made"):
         as_class(pipe, "Nonsense")
     with pytest.raises(PipelineError, match="kind='video': one of text2img"):

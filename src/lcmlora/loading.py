@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -192,7 +193,9 @@ def as_class(pipe: Any, name: str) -> Any:
     if type(pipe).__name__ == name:
         return pipe
     try:
-        return getattr(diffusers, name).from_pipe(pipe)
+        made = getattr(diffusers, name)
+        given = {**pipe.config, **pipe.components}  # its own from_pipe would cast the parts, which are shared
+        return made(**{part: given[part] for part in inspect.signature(made).parameters if part in given})
     except (ValueError, AttributeError, TypeError) as error:
         raise PipelineError(f"no {name} can be made of a {type(pipe).__name__}: {error}") from error
 

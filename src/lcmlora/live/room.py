@@ -28,6 +28,7 @@ from ..errors import CallError, LcmLoraError, PipelineError, brief
 from ..layers import unet_of
 from ..loading import as_kind
 from ..parameters import Parameters
+from ..quiet import TEXT_ENCODERS, hushed
 from ..recipe import Recipe
 from ..state import is_accelerated, status
 from ..transition.records import module_record_of, pipe_record_of
@@ -312,7 +313,8 @@ class Room:
                 else (str(file.path.parent), {"weight_name": file.path.name, "local_files_only": True})
             )
             try:
-                self._base_pipes["text2img"].load_lora_weights(where, adapter_name=name, **given)
+                with hushed(TEXT_ENCODERS):
+                    self._base_pipes["text2img"].load_lora_weights(where, adapter_name=name, **given)
             except Exception as error:  # diffusers and PEFT raise many kinds
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise PipelineError(
