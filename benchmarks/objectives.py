@@ -320,7 +320,10 @@ def table(part: str, prompts: str = "table") -> str:
 def page() -> None:
     """Put the tables between their marks in docs/distillation.md."""
     file = ROOT / "docs/distillation.md"
+    measured = {(row["part"], row["prompts"]) for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
     for part, prompts in PARTS:
+        if (part, prompts) not in measured:
+            continue
         front, mark, rest = file.read_text(encoding="utf-8").partition(f"<!-- {part}, {prompts} -->\n")
         end = rest[rest.index("<!-- end -->") :]
         file.write_text(f"{front}{mark}{table(part, prompts)}\n{end}", encoding="utf-8")

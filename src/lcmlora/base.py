@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -87,6 +88,7 @@ class Base:
 _SD = (320, 640, 1280, 1280)
 _XL = (320, 640, 1280)
 _TAESD = "madebyollin/taesd"
+_POCKET_VAE = str(Path(__file__).parent / "pocket/model/tiny-vae")
 _XL_VAES: dict[str, Any] = {"tiny_vae": "madebyollin/taesdxl", "fp16_vae": "madebyollin/sdxl-vae-fp16-fix"}
 _registered: dict[str, Base] = {
     base.name: base
@@ -95,7 +97,7 @@ _registered: dict[str, Base] = {
         Base("sdxl", "Stable Diffusion XL", 2048, _XL, 788, **_XL_VAES),
         Base("ssd-1b", "SSD-1B", 2048, _XL, 423, **_XL_VAES),
         Base("vega", "Segmind-Vega", 2048, _XL, 233, **_XL_VAES),
-        Base("pocket", "the embedded model", 128, (48, 80, 128), 129),
+        Base("pocket", "the embedded model", 128, (48, 80, 128), 129, tiny_vae=_POCKET_VAE),
     )
 }
 

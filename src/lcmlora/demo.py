@@ -80,9 +80,10 @@ def run(folder: str | Path, progress: Callable[[str], Any] = lambda text: None) 
     progress(f"the base restored, {BASE_STEPS[0]} to {BASE_STEPS[-1]} steps")
     title = f"the base, restored: {type(pipe.scheduler).__name__}, guidance {pocket.GUIDANCE:g}"
     sheets["3-base-steps"] = sweep_steps(pipe, PROMPTS, title=title, guidance_scale=pocket.GUIDANCE)
-    progress("a style LoRA, and a fine-tuned UNet, under the same LCM-LoRA")
+    progress("a style LoRA, a fine-tuned UNet, another scheduler, under the same LCM-LoRA")
     sheets["4-style"] = _with_style(pipe)
     sheets["5-fine-tune"] = _fine_tuned()
+    sheets["6-schedulers"] = _schedulers()
     for name, sheet in sheets.items():
         sheet.save(folder, name)
     demo = Demo(sheets, folder)
@@ -126,3 +127,15 @@ def _fine_tuned() -> Sheet:
     with accelerated(pipe):
         both = sweep(pipe, PROMPTS, {"+ LCM, 4 steps": _steps(4), "guidance 1.5": _steps(4, guidance_scale=1.5)})
     return dataclasses.replace(alone + both, title="a fine-tuned UNet under the base's LCM-LoRA, untouched")
+
+
+def _schedulers() -> Sheet:
+    """The LCM-LoRA under two schedulers, from the same noise as the model's own 50 steps."""
+    pipe = pocket.load_pocket()
+    pipe.set_progress_bar_config(disable=True)
+    sheet = sweep(pipe, PROMPTS, {"50 steps": _steps(50, guidance_scale=pocket.GUIDANCE)})
+    with accelerated(pipe):
+        sheet += sweep(pipe, PROMPTS, {"LCM, 4 steps": _steps(4), "LCM, 8 steps": _steps(8)})
+    with accelerated(pipe, recipe="tcd"):  # its noise between the steps would lead away from them
+        sheet += sweep(pipe, PROMPTS, {"TCD, 4 steps": _steps(4, eta=0.0), "TCD, 8 steps": _steps(8, eta=0.0)})
+    return dataclasses.replace(sheet, title="one LoRA, one noise: TCD stays nearer to 50 steps")

@@ -122,7 +122,7 @@ class Recipe:
 
 _TRAILING = {"timestep_spacing": "trailing"}
 _PCM = {**_TRAILING, "clip_sample": False, "set_alpha_to_one": False}
-_POCKET = LoraSource(str(Path(__file__).parent / "pocket/model/lcm-lora"), rank=16, licence="apache-2.0")
+_POCKET = LoraSource(str(Path(__file__).parent / "pocket/model/lcm-lora"), rank=8, licence="apache-2.0")
 _OPEN: dict[str, Any] = {"licence": "openrail++", "commercial": True}
 
 
@@ -198,7 +198,7 @@ _TABLE = (
         eta=0.3,
         licence="mit",
         commercial=True,
-        loras=_files("h1t/TCD-{}-LoRA", sdxl="SDXL", sd15="SD15", sd2="SD21-base"),
+        loras={**_files("h1t/TCD-{}-LoRA", sdxl="SDXL", sd15="SD15", sd2="SD21-base"), "pocket": _POCKET},
     ),
     _hyper("hyper-1", "1step", 1, scheduler="TCDScheduler", settings={}, eta=1.0, within=(1, 8)),
     *(_hyper(f"hyper-{n}", f"{n}steps", n) for n in (2, 4, 8)),

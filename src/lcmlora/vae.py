@@ -43,7 +43,8 @@ def load(pipe: Any, own: Any, base: Base | None, vae: Vae, hub: HubOptions) -> n
     else:
         made = _from_pretrained(_source(base, vae), hub)
         # not where an off-loaded VAE waits, but where it is used: no hook will move this one
-        made.to(execution_device(pipe), next(own.parameters()).dtype).requires_grad_(False).eval()
+        nn.Module.to(made, execution_device(pipe), next(own.parameters()).dtype)  # diffusers' own logs at any dtype
+        made.requires_grad_(False).eval()
     if not hasattr(made, "decode") or not hasattr(made, "config"):
         raise PipelineError(f"vae={brief(vae)} is no VAE: 'tiny', 'fp16-fix', a repository, a folder or a module is.")
     theirs, ours = _latents(own), _latents(made)

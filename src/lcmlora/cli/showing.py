@@ -24,7 +24,7 @@ def demo(folder: Path, say: Say) -> None:
     times = made.timings
     sheets = [str(folder / f"{name}.png") for name in made.sheets]
     lines = (
-        "seconds per picture (64 x 64 pixels, this machine)",
+        "seconds per picture (this machine)",
         f"  base, 50 steps      {times['base_50_steps']:7.3f}",
         f"  base,  4 steps      {times['base_4_steps']:7.3f}   (look at what it draws)",
         f"  LCM-LoRA, 4 steps   {times['lcm_4_steps']:7.3f}   {times['ratio']:.1f} times faster than 50 steps",

@@ -1,8 +1,8 @@
 """The embedded model: a real, small text-to-image pipeline of Stable Diffusion's shape that needs no hub.
 
-It draws some eighty things on twelve backgrounds, 64 x 64 pixels: "a small fox on a teal background, on the left".
-Beside it lie its LCM-LoRA (made by `lcmlora.distill`), a style LoRA and a fine-tuned UNet. `examples/pocket/` made
-them all.
+It draws some eighty things on twelve backgrounds, 128 x 128 pixels: "a small fox on a teal background, on the left".
+Beside it lie its LCM-LoRA (made by `lcmlora.distill`), a style LoRA, a fine-tuned UNet and a tiny VAE.
+`examples/pocket/` made them all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MODEL = Path(__file__).parent / "model"
 LCM_LORA = MODEL / "lcm-lora"
+"""Its few-step LoRA, for `recipe="lcm"` and `recipe="tcd"` alike: the latter is nearer to its 50 steps."""
 STYLE = MODEL / "style-lora"
 """The style LoRA's folder: soft 3-D renders, for `accelerate(pipe, styles={"3d": lcmlora.pocket.STYLE})`."""
 GUIDANCE = 2.5
@@ -39,7 +40,7 @@ def load_pocket(variant: Literal["base", "chalk"] = "base", *, dtype: torch.dtyp
         dtype: of all weights; None is float32 (the files are half precision, which most CPUs compute slowly).
 
     Returns:
-        A `StableDiffusionPipeline` for pictures of 64 x 64 pixels.
+        A `StableDiffusionPipeline` for pictures of 128 x 128 pixels.
 
     Raises:
         ValueError: there is no such variant.

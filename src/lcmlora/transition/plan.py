@@ -78,7 +78,7 @@ def make_plan(snapshot: Snapshot, target: Target, anew: Collection[str] = ()) ->
         _warn_if_doubtful(snapshot, recipe)
     contents = _contents(snapshot, target, files, weights)
     _check_room(snapshot, contents, target)
-    if not same_lcm:
+    if not same_lcm and target.lora.where is not None:  # a recipe's own file may be called as it likes
         _warn_of_name(recipe, lcm_file)
     if recipe.commercial is False and (before is None or before.recipe.name != recipe.name):
         warn(f"{recipe.title}, recipe {recipe.name!r}, is licensed {recipe.licence_of(base)}: no commercial use.")
