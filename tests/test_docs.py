@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import linecache
 import os
 import pydoc
@@ -44,11 +45,12 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 class Block(NamedTuple):
-    """A snippet, the line of the page where its code begins, and why it is not run."""
+    """A snippet, the line of the page where its code begins, why it is not run, and the page up to the next one."""
 
     code: str
     line: int
     not_run: str | None = None
+    after: str = ""
 
 
 _BLOCK = re.compile(
@@ -64,10 +66,12 @@ LANGUAGES = {"python", "console", "sh", "text", "json", "jsonl", "csv", "toml", 
 def blocks_of(text: str) -> list[Block]:
     """A page's snippets and hidden set-ups, in the order in which they stand there."""
     found = []
-    for match in _BLOCK.finditer(text):
+    matches = list(_BLOCK.finditer(text))
+    for match, following in itertools.zip_longest(matches, matches[1:]):
         kind = "code" if match["code"] is not None else "setup"
         reason = match["reason"].strip() if match["reason"] else None
-        found.append(Block(textwrap.dedent(match[kind]), text.count("\n", 0, match.start(kind)) + 1, reason))
+        after = text[match.end() : following.start() if following else None]
+        found.append(Block(textwrap.dedent(match[kind]), text.count("\n", 0, match.start(kind)) + 1, reason, after))
     return found
 
 
@@ -77,7 +81,7 @@ def compiled(block: Block, page: Path):
 
 
 def run(page: Path) -> None:
-    """Run a page's blocks; an lcmlora warning that the block says nothing of is a failure."""
+    """Run a page's blocks; an lcmlora warning that the page says nothing of is a failure."""
     namespace = {"__name__": "__main__"}
     for block in blocks_of(page.read_text(encoding="utf-8")):
         code = compiled(block, page)
@@ -87,8 +91,9 @@ def run(page: Path) -> None:
             warnings.simplefilter("always", lcmlora.LcmLoraWarning)
             exec(code, namespace)
         ours = [str(w.message) for w in told if issubclass(w.category, lcmlora.LcmLoraWarning)]
-        assert "warn" in block.code or not ours, (
-            f"{name_of(page)}, line {block.line}: the block warns, and no comment in it says so: {ours}"
+        said = "warn" in block.code or "LcmLoraWarning" in block.after
+        assert said or not ours, (
+            f"{name_of(page)}, line {block.line}: the block warns, and neither it nor its output says so: {ours}"
         )
 
 
@@ -159,8 +164,10 @@ def test_the_runner_runs_what_it_should_and_nothing_else(tmp_path, monkeypatch):
     page.write_text(hidden + "```python\nf()  # warns\n```\n")
     run(page)
     page.write_text(hidden + "```python\nf()\n```\n")
-    with pytest.raises(AssertionError, match="no comment in it says so"):
+    with pytest.raises(AssertionError, match="neither it nor its output says so"):
         run(page)
+    page.write_text(hidden + "```python\nf()\n```\n\n```text\nLcmLoraWarning: x\n```\n")
+    run(page)
 
 
 # -- the shell --------------------------------------------------------------------------------------------------------

@@ -319,6 +319,7 @@ def test_the_shell_s_words(tmp_path):
     ink = Style(tmp_path / "ink.safetensors", 0.5)
     assert found == {"ink": ink, "chalk": 1.0, "paper": None, "x": Style("a/b")}
     assert styles_of({"ink": {"source": "ink.safetensors", "weight": 0.5}}, tmp_path) == {"ink": ink}
+    assert styles_of("none", tmp_path) == styles_of({}, tmp_path) == {}
 
 
 def test_pipelines_of_films_and_without_a_seed_are_refused(tmp_path):

@@ -222,8 +222,8 @@ def test_the_choices_are_the_recipes_for_this_base_that_are_here(tmp_path):
         pipe = lcmlora.load_pocket()
         pipe.set_progress_bar_config(disable=True)
         with Room(pipe, base_guidance=pocket.GUIDANCE, guidance=1.5) as one:
-            assert list(one.choices) == ["lcm", "near", "none"]
-            lcm, near, none = one.choices.values()
+            assert list(one.choices) == ["lcm", "tcd", "near", "none"]
+            lcm, _, near, none = one.choices.values()
             assert (lcm.steps, lcm.guidance, lcm.usual_guidance) == ((1, 8), (1, 2), 1.5)
             assert (near.steps, near.guidance, near.usual_steps) == ((2, 2), (1, 1), 2)
             assert none.guidance == (1, pocket.GUIDANCE)
@@ -299,7 +299,7 @@ def test_pictures_have_the_size_asked_for(files):
         ("--no-accelerate", "--no-accelerate leaves nothing"),
         ("--host 203.0.113.1", "of 203.0.113.1 can't be listened on"),
         ("-m nowhere", "there is no model 'nowhere'"),
-        ("--recipe tcd -q", "has no TCD LoRA"),
+        ("--recipe flash -q", "has no Flash Diffusion LoRA"),
         ("--size 30x30", "multiples of 8"),
     ],
 )

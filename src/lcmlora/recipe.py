@@ -7,6 +7,7 @@ the package knows a recipe by its name: a new one is a new entry here, or one th
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -135,7 +136,7 @@ def _files(pattern: str, **names: str) -> dict[str, LoraSource]:
 def _hyper(name: str, file: str, steps: int, **changes: Any) -> Recipe:
     made = {"scheduler": "DDIMScheduler", "settings": _TRAILING, "within": (steps, steps), **changes}
     loras = _files(f"ByteDance/Hyper-SD Hyper-{{}}-{file}-lora.safetensors", sdxl="SDXL", sd15="SD15")
-    return Recipe(name, f"a Hyper-SD LoRA ({file})", steps=steps, loras=loras, **made)
+    return Recipe(name, f"a Hyper-SD LoRA ({file.replace('step', ' step')})", steps=steps, loras=loras, **made)
 
 
 def _hyper_cfg(n: int) -> Recipe:
@@ -263,8 +264,10 @@ def by_name(name: str) -> Recipe:
         BaseModelError: there is none.
     """
     if not isinstance(name, str) or name not in _registered:
+        near = difflib.get_close_matches(name, _registered, 1) if isinstance(name, str) else []
+        meant = f" Is {near[0]!r} meant?" if near else ""
         known = ", ".join(map(repr, _registered))
-        raise BaseModelError(f"recipe={brief(name)} is not known. Give one of {known}, or register your own.")
+        raise BaseModelError(f"recipe={brief(name)} is not known.{meant} Give one of {known}, or register your own.")
     return _registered[name]
 
 

@@ -388,14 +388,14 @@ def test_C4_each_outermost_call_is_entered_once(fast):
             entered.append("out")
 
     pipe = sd_pipe(cls=CallsItself)
-    pipe.__class__ = governed(type(pipe), Hooks(lambda pipe: Policy(), plainly, Enter))
+    pipe.__class__ = governed(type(pipe), Hooks(lambda pipe: Policy(), plainly, Enter, print))
     pipe("a", [PICTURE, PICTURE])
     assert entered == [pipe, "in", "out"]
 
 
 def test_C4_threads_have_their_own_calls(fast):
     pipe = sd_pipe(cls=Hybrid)
-    pipe.__class__ = governed(type(pipe), Hooks(lambda pipe: Policy(), plainly, nullcontext))
+    pipe.__class__ = governed(type(pipe), Hooks(lambda pipe: Policy(), plainly, nullcontext, print))
     seen: list[int] = []
     draw = Hybrid._draw
 

@@ -41,7 +41,8 @@ def read(rows: Any) -> tuple[list[Given], Path]:
     path = Path(rows).expanduser()
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"rows={brief(os.fspath(rows))}: a .jsonl, .json, .csv, .tsv or .txt file is expected.")
+        expected = "a list of prompts, or a .jsonl, .json, .csv, .tsv or .txt file, is expected"
+        raise DataError(f"rows={brief(os.fspath(rows))}: {expected}.")
     return list(reader(tables.text_of(path), path)), path.absolute().parent
 
 
@@ -145,6 +146,8 @@ def styles_of(value: Any, folder: Path) -> dict[str, Wanted]:
     Raises:
         DataError, LoraFileError: it is nothing of the kind.
     """
+    if isinstance(value, str) and value.strip().lower() == "none":
+        return {}  # an empty cell of a CSV is the default
     if isinstance(value, str):
         return dict(style_of(part, folder) for part in value.split(",") if part.strip())
     if isinstance(value, list | tuple):

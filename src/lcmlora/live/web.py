@@ -96,13 +96,16 @@ def _controls(room: Room) -> list[Any]:
 
 
 def _steps(choice: Choice) -> dict[str, Any]:
-    least, most = choice.steps
-    return {"minimum": least, "maximum": most, "value": choice.usual_steps, "interactive": least < most}
+    return _slider(*choice.steps, choice.usual_steps)
 
 
 def _guidance(choice: Choice) -> dict[str, Any]:
-    least, most = choice.guidance
-    return {"minimum": least, "maximum": most, "value": choice.usual_guidance, "interactive": least < most}
+    return _slider(*choice.guidance, choice.usual_guidance)
+
+
+def _slider(least: float, most: float, value: float) -> dict[str, Any]:
+    """A slider that stands still where there is nothing to choose: gradio takes none without a length."""
+    return {"minimum": least, "maximum": max(most, least + 1), "value": value, "interactive": least < most}
 
 
 def _vocabulary() -> str:
