@@ -26,7 +26,7 @@ from playwright.sync_api import sync_playwright
 import lcmlora
 from lcmlora import live, pocket
 
-SCREENSHOT_PROMPT = "a large owl on a yellow background"
+SCREENSHOT_PROMPT = "a large fox on a teal background"
 WATCH = """() => {
   const frame = document.querySelector("#live-fast"), text = document.querySelector("#live-prompt textarea");
   window.shown = [];

@@ -343,7 +343,7 @@ def main() -> None:
         print(__doc__)
 
 
-PARTS = (("base", "table"), ("chalk", "table"), ("base", "choice"), ("style", "table"))
+PARTS = (("base", "table"), ("chalk", "table"))
 
 if __name__ == "__main__":
     main()

@@ -36,7 +36,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "weight_decay": 0.0,  # our table
         "ema": 0.99,  # our table
     },
-    "paths-schedule": {  # near by `paths` first, then as sharp as the teacher by `schedule`: our table, one seed
+    "paths-schedule": {  # near by `paths` first, then as sharp as the teacher by `schedule`: our table
         "objective": "paths",
         "then": "schedule",
         "points": "paths",
