@@ -238,6 +238,15 @@ def test_the_choices_are_the_recipes_for_this_base_that_are_here(tmp_path):
         lcmlora.unregister("far")
 
 
+def test_a_page_may_begin_with_a_recipe_of_one_guidance():
+    """Its slider has nothing to choose, and gradio takes none without a length."""
+    pytest.importorskip("gradio")
+    pipe = lcmlora.load_pocket()
+    with Room(pipe, base=False, recipe="tcd") as one:
+        assert next(iter(one.choices.values())).guidance == (1, 1)
+        live.page(one)
+
+
 def test_a_baked_model_is_drawn_with_as_it_is(files, tmp_path):
     lcmlora.bake(lcmlora.accelerate(sd_pipe(), lora=files["lcm"]), tmp_path / "baked")
     pipe = lcmlora.load_baked(tmp_path / "baked")
