@@ -4,20 +4,18 @@ pictures of it to look at. Skipped where playwright (`pip install --group browse
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import lcmlora
+from browsing import CHROMIUM, keep_looks, look, visiting
+from browsing import browser as browser
 from lcmlora import demo
 from lcmlora.sheets import Sheet, metrics
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 expect = sync_api.expect
 NASTY = "a fox </script><script>document.title = 'pwned'</script> & \"狐\""
@@ -35,39 +33,11 @@ def report(tmp_path_factory) -> Path:
     return sheet.to_html(tmp_path_factory.mktemp("report") / "report.html")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def visit(browser, report) -> Iterator[Callable[..., sync_api.Page]]:
     """Open the page. Nothing may be said on its console, and nothing asked for outside."""
-    troubles: list[str] = []
-    contexts = []
-
-    def open_page(width: int = 1280, height: int = 900, **more: object) -> sync_api.Page:
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **more))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or troubles.append(request.url))
-        page.goto(report.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
-
-
-def look(page: sync_api.Page, name: str, **more: object) -> None:
-    """Keep a picture of the page where LOOK names a folder."""
-    if folder := os.environ.get("LOOK"):
-        page.screenshot(path=Path(folder) / f"{name}.png", **more)
+    with visiting(browser, report.as_uri(), ("file:", "data:"), 900) as open_page:
+        yield open_page
 
 
 def pictures(page: sync_api.Page) -> sync_api.Locator:
@@ -231,6 +201,4 @@ def test_without_scripts_everything_is_there(visit):
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    os.environ["LOOK"] = str(Path(sys.argv[1]).resolve())
-    sys.exit(pytest.main([__file__, "-p", "no:cacheprovider"]))
+    keep_looks(__file__)

@@ -28,13 +28,14 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 import lcmlora
+from browsing import CHROMIUM, keep_looks, look, visiting
+from browsing import browser as browser
 from conftest import assert_same, sd_pipe, snapshot, write_lora
 from lcmlora import live, pocket
 from lcmlora.cli import main
 from lcmlora.live import Room, Scene, room, serving
 
 GRADIO = importlib.util.find_spec("gradio") is not None
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 INK = {"ink": 0.5}
 
 
@@ -368,34 +369,18 @@ def address(files, tmp_path_factory) -> Iterator[str]:
         assert [one.name for one in cache.iterdir()] in ([], ["vibe_edit_history"])  # its own, empty, made at once
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def visit(browser, address) -> Iterator[Callable[..., sync_api.Page]]:
     """Open the page. Nothing may go wrong in it, and nothing may be asked of anybody else."""
-    troubles: list[str] = []
-    contexts = []
+    own = (address, "data:", "blob:")
+    with visiting(browser, address, own, 950, allowed=("info", "log")) as open_page:
 
-    def open_page(width: int = 1280, height: int = 950, **more: object) -> sync_api.Page:
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **more))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: message.type in ("info", "log") or troubles.append(message.text))
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", lambda one: one.url.startswith((address, "data:", "blob:")) or troubles.append(one.url))
-        page.goto(address)
-        settled(page)
-        return page
+        def opened(*given: object, **more: object) -> sync_api.Page:
+            page = open_page(*given, **more)
+            settled(page)
+            return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
+        yield opened
 
 
 def expect(thing):
@@ -411,12 +396,6 @@ def settled(page) -> None:
 def picture(page, frame: str = "fast") -> str:
     settled(page)
     return page.locator(f"#live-{frame} img").get_attribute("src")
-
-
-def look(page, name: str, **more: object) -> None:
-    """Keep a picture of the page where LOOK names a folder."""
-    if folder := os.environ.get("LOOK"):
-        page.screenshot(path=Path(folder) / f"{name}.png", **more)
 
 
 @in_browser
@@ -559,6 +538,4 @@ def test_each_visitor_has_pictures_of_his_own(visit):
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    os.environ["LOOK"] = str(Path(sys.argv[1]).resolve())
-    sys.exit(pytest.main([__file__, "-p", "no:cacheprovider"]))
+    keep_looks(__file__)
