@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import sys
 import time
@@ -318,15 +319,11 @@ def table(part: str, prompts: str = "table") -> str:
 
 
 def page() -> None:
-    """Put the tables between their marks in docs/distillation.md."""
+    """Put a table behind each mark of docs/distillation.md, which says the part and the prompts."""
     file = ROOT / "docs/distillation.md"
-    measured = {(row["part"], row["prompts"]) for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
-    for part, prompts in PARTS:
-        if (part, prompts) not in measured:
-            continue
-        front, mark, rest = file.read_text(encoding="utf-8").partition(f"<!-- {part}, {prompts} -->\n")
-        end = rest[rest.index("<!-- end -->") :]
-        file.write_text(f"{front}{mark}{table(part, prompts)}\n{end}", encoding="utf-8")
+    tables = re.compile(r"(<!-- (\w+), (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    text = tables.sub(lambda found: f"{found[1]}{table(found[2], found[3])}\n", file.read_text(encoding="utf-8"))
+    file.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -342,8 +339,6 @@ def main() -> None:
     else:
         print(__doc__)
 
-
-PARTS = (("base", "table"), ("chalk", "table"))
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from pictures import CHANNELS, FACTOR, Sprites
 from train_vae import draw_batch, edge_error, rise_and_fall
-from training import Log, MuonAndAdamW, save
+from training import Log, MuonAndAdamW, resumed, save
 
 
 def build() -> AutoencoderTiny:
@@ -48,12 +48,8 @@ def main() -> None:
     tiny = build().to(memory_format=torch.channels_last)
     optimizer = MuonAndAdamW([tiny])
     args.output.mkdir(parents=True, exist_ok=True)
-    checkpoint, start = args.output / "checkpoint.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        tiny.load_state_dict(state["tiny"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    checkpoint = args.output / "checkpoint.pt"
+    start = resumed(checkpoint, tiny=tiny, optimizer=optimizer)
     log = Log(args.output / "log.jsonl")
     for step in range(start, args.steps):
         x = draw_batch(sprites, random.Random(step), 2 * args.batch, cropped=False)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from pictures import CHANNELS, FACTOR, SIZE, THINGS, Sprites, training_scenes
-from training import Log, MuonAndAdamW, save
+from training import Log, MuonAndAdamW, resumed, save
 
 LOOKS = ("noto", "noto", "noto", "fluent", "chalk")  # drawn from evenly
 
@@ -104,12 +104,8 @@ def main() -> None:
         vae.post_quant_conv.requires_grad_(True)
     optimizer = MuonAndAdamW([vae])
     args.output.mkdir(parents=True, exist_ok=True)
-    checkpoint, start = args.output / "checkpoint.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    checkpoint = args.output / "checkpoint.pt"
+    start = resumed(checkpoint, vae=vae, optimizer=optimizer)
     log = Log(args.output / "log.jsonl")
     for step in range(start, args.steps):
         rng = random.Random(step)

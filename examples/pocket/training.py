@@ -67,6 +67,16 @@ def save(state: Any, file: Path) -> None:
     file.with_suffix(".new").replace(file)
 
 
+def resumed(file: Path, **parts: Any) -> int:
+    """Put the parts of a checkpoint, by their names in it, where they were; how many steps it stands for."""
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return int(state["step"])
+
+
 class Log:
     """Means of what was measured in every 20 steps, a line of JSON each."""
 

@@ -83,7 +83,7 @@ def run(folder: str | Path, progress: Callable[[str], Any] = lambda text: None) 
     progress("a style LoRA, a fine-tuned UNet, another scheduler, under the same LCM-LoRA")
     sheets["4-style"] = _with_style(pipe)
     sheets["5-fine-tune"] = _fine_tuned()
-    sheets["6-schedulers"] = _schedulers()
+    sheets["6-schedulers"] = _schedulers(pipe)
     for name, sheet in sheets.items():
         sheet.save(folder, name)
     demo = Demo(sheets, folder)
@@ -129,10 +129,8 @@ def _fine_tuned() -> Sheet:
     return dataclasses.replace(alone + both, title="a fine-tuned UNet under the base's LCM-LoRA, untouched")
 
 
-def _schedulers() -> Sheet:
+def _schedulers(pipe: Any) -> Sheet:
     """The LCM-LoRA under two schedulers, from the same noise as the model's own 50 steps."""
-    pipe = pocket.load_pocket()
-    pipe.set_progress_bar_config(disable=True)
     sheet = sweep(pipe, PROMPTS, {"50 steps": _steps(50, guidance_scale=pocket.GUIDANCE)})
     with accelerated(pipe):
         sheet += sweep(pipe, PROMPTS, {"LCM, 4 steps": _steps(4), "LCM, 8 steps": _steps(8)})

@@ -15,6 +15,8 @@ Each refusal comes before anything was changed.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -50,6 +52,11 @@ def brief(value: Any) -> str:
     """A value as a sentence can name it: a module's own repr has hundreds of lines."""
     text = repr(value)
     return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def near_match(name: str, known: Iterable[str], alike: float = 0.5) -> str:
+    """The known name that a misspelt one may stand for, or ""; `alike` is difflib's cutoff."""
+    return (difflib.get_close_matches(name, known, 1, alike) or [""])[0]
 
 
 class LcmLoraWarning(UserWarning):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import CallError, brief
+from .errors import CallError, brief, near_match
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -187,11 +186,6 @@ def whole(name: str, value: Any, least: int = 1, of: int = 1) -> int:
 def is_text(value: Any) -> bool:
     """Whether a tokenizer takes a value: a string, without the halves of characters that a wrong encoding leaves."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def near_match(name: str, known: Iterable[str]) -> str:
-    """The known name that a misspelt one may stand for, or ""."""
-    return (difflib.get_close_matches(name, known, 1, 0.5) or [""])[0]
 
 
 def refuse(name: str, owner: str, near: str) -> NoReturn:

@@ -7,7 +7,6 @@ the package knows a recipe by its name: a new one is a new entry here, or one th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from . import base as bases
 from .base import Base
-from .errors import BaseModelError, brief
+from .errors import BaseModelError, brief, near_match
 
 Range = tuple[float, float]
 
@@ -264,8 +263,8 @@ def by_name(name: str) -> Recipe:
         BaseModelError: there is none.
     """
     if not isinstance(name, str) or name not in _registered:
-        near = difflib.get_close_matches(name, _registered, 1) if isinstance(name, str) else []
-        meant = f" Is {near[0]!r} meant?" if near else ""
+        near = near_match(name, _registered, 0.6) if isinstance(name, str) else ""
+        meant = f" Is {near!r} meant?" if near else ""
         known = ", ".join(map(repr, _registered))
         raise BaseModelError(f"recipe={brief(name)} is not known.{meant} Give one of {known}, or register your own.")
     return _registered[name]

@@ -92,6 +92,12 @@ class Pixels(click.ParamType[Any]):
         return f"{found[1]}x{found[2]}"
 
 
+def sides(size: str) -> tuple[int, int]:
+    """Width and height of what `Pixels` gives."""
+    width, height = size.split("x")
+    return int(width), int(height)
+
+
 def gathered(name: str, cls: Any, *options: Any) -> Callable[[Any], Any]:
     """Options whose values a command's function gets as one thing of this class, as `name`."""
 
@@ -294,11 +300,11 @@ class Call:
         row = self.row()
         names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt"}
         given: dict[str, Any] = {names.get(name, name): value for name, value in row.items()}
-        fit = tuple(map(int, given.pop("size").split("x"))) if self.size else None
+        fit = sides(given.pop("size")) if self.size else None
         if fit and not self.image:
             given["width"], given["height"] = fit
         for name in given.keys() & {"image", "mask_image"}:
-            given[name] = picture(Path(given[name]), fit)  # type: ignore[arg-type]
+            given[name] = picture(Path(given[name]), fit)
         return given
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .group import Say, command
-from .options import Model, Pixels, Speed, model_options, speed_options
+from .options import Model, Pixels, Speed, model_options, sides, speed_options
 
 
 @command()
@@ -79,8 +79,8 @@ def _room(model: Model, said: dict[str, Any], how: dict[str, Any], say: Say) -> 
         said["local_files_only"] = True
     of_pocket = str(model.model).partition(":")[0] == "pocket"
     guidance = pocket.GUIDANCE if how["base_guidance"] is None and of_pocket else how["base_guidance"]
-    size = tuple(map(int, how["size"].split("x"))) if how["size"] else None
+    size = sides(how["size"]) if how["size"] else None
     made: dict[str, Any] = {"base": how["compare"], "base_steps": how["base_steps"], "base_guidance": guidance}
-    room = Room(pipe, size=size, **made, **said)  # type: ignore[arg-type]
+    room = Room(pipe, size=size, **made, **said)
     room.draw(Scene("a fox"))
     return room

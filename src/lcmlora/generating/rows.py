@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 from ..acceleration import rehearse
 from ..calls import plain
-from ..errors import DataError, LcmLoraError, LcmLoraWarning, brief
-from ..parameters import Parameters, as_weight, is_text, near_match, whole
+from ..errors import DataError, LcmLoraError, LcmLoraWarning, brief, near_match
+from ..parameters import Parameters, as_weight, is_text, whole
 from ..state import status
 from ..transition.records import pipe_record_of
 from ..transition.target import Style

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from .. import pictures
 from ..acceleration import accelerate as accelerate_verb
 from ..calls import plain
-from ..errors import CallError, LcmLoraWarning, PipelineError, brief
-from ..parameters import Parameters, is_text, near_match, refuse, whole
+from ..errors import CallError, LcmLoraWarning, PipelineError, brief, near_match
+from ..parameters import Parameters, is_text, refuse, whole
 from ..policy import Policy
 from .axes import STATE, Place, call_of, check_given_once, labelled
 from .sheet import Cell, Line, Sheet
