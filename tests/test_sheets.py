@@ -78,6 +78,7 @@ def test_compare_gives_the_pipe_back(lcm_file):
     ("draw", "words"),
     [
         (lambda pipe: lcmlora.compare(pipe, "x", styles={}), r"'styles'. Is accelerate={'styles': ...} meant\?"),
+        (lambda pipe: lcmlora.compare(pipe, "x", steps=4), r"compare takes no argument 'steps'. Is lcm_steps meant\?"),
         (lambda pipe: lcmlora.compare(pipe, "x", gidance_scale=1), r"'gidance_scale'. Is guidance_scale meant\?"),
         (lambda pipe: lcmlora.compare(pipe, "x", call={"heigth": 16}), r"'heigth'. Is height meant\?"),
         (lambda pipe: lcmlora.compare(pipe, "x", accelerate={"stpes": 4}), r"'stpes'. Is steps meant\?"),
@@ -312,7 +313,7 @@ def test_labels_with_settings_of_their_own_are_an_axis(lcm_file):
         ({"x": {"steps": ()}}, lcmlora.CallError, "one or more values"),
         ({"x": {"recipe": "lcm"}}, lcmlora.CallError, "one or more values"),
         ({"x": (1, 2)}, lcmlora.CallError, "one name and its values"),
-        ({"x": {"steps": (1,)}, "y": {"stpes": (1,)}}, TypeError, "takes no argument 'stpes'"),
+        ({"x": {"steps": (1,)}, "y": {"stpes": (1,)}}, TypeError, r"takes no argument 'stpes'. Is steps meant\?"),
         ({"x": {"recipe": ("lcm", "lmc")}}, lcmlora.BaseModelError, "'lmc' is not known"),
         ({"x": {"weight": (1, "much")}}, lcmlora.LcmLoraError, "much"),
         ({"x": {"styles.ink": (0, 1)}}, lcmlora.LcmLoraError, "ink"),

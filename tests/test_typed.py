@@ -82,6 +82,27 @@ def test_E6_a_mistake_is_a_type_error(mistake, told):
 
 
 @pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("style", "styles"),
+        ("num_inference_steps", "steps"),
+        ("guidance_scale", "guidance"),
+        ("enforce_inference_step", "enforce_inference_steps"),
+        ("lora_path", "lora"),
+    ],
+)
+def test_a_wrong_name_of_an_argument_is_answered_with_the_right_one(given, meant):
+    with pytest.raises(TypeError, match=rf"accelerate takes no argument '{given}'. Is {meant} meant\?"):
+        lcmlora.accelerate(None, **{given: 1})
+
+
+@pytest.mark.parametrize("verb", [lcmlora.benchmark, lcmlora.distill, lcmlora.generate])
+def test_every_verb_of_many_arguments_does_so(verb):
+    with pytest.raises(TypeError, match=rf"{verb.__name__} takes no argument 'progess_bar'"):
+        verb(None, progess_bar=1)
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"stpes": 4}, r"accelerated takes no argument 'stpes'. Is steps meant\?"),

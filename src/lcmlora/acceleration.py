@@ -15,7 +15,7 @@ from .errors import PipelineError
 from .lora.originals import Keep
 from .lora.sources import Given, HubOptions, Source
 from .moving import move, plan_for, require_originals
-from .parameters import as_weight, block_of
+from .parameters import as_weight, block_of, spelled
 from .policy import Policy
 from .transition import transaction
 from .transition.records import (
@@ -40,6 +40,7 @@ from .warn import warn
 Pipe = TypeVar("Pipe")
 
 
+@spelled
 def accelerate(
     pipe: Pipe,
     base: str | Unset = UNSET,

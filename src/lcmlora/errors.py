@@ -54,9 +54,9 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
-def near_match(name: str, known: Iterable[str], alike: float = 0.5) -> str:
-    """The known name that a misspelt one may stand for, or ""; `alike` is difflib's cutoff."""
-    return (difflib.get_close_matches(name, known, 1, alike) or [""])[0]
+def near_match(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelt one may stand for, or ""."""
+    return (difflib.get_close_matches(name, known, 1) or [""])[0]
 
 
 class LcmLoraWarning(UserWarning):

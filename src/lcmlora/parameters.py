@@ -150,11 +150,14 @@ class Parameters:
                 found[name] = number
         return found
 
-    def unknown(self, given: Iterable[str]) -> Iterable[tuple[str, str]]:
-        """Arguments that the method does not take, each with the name that may be meant, or ""."""
+    def unknown(self, given: Iterable[str], also: Iterable[str] = ()) -> Iterable[tuple[str, str]]:
+        """Arguments that the method does not take, each with the name that may be meant, or "".
+
+        `also`: names that the caller understands beside the method's.
+        """
         for name in sorted(set(given) - self.defaults.keys() - (self.read if self.open else set())):
             near = [key for key in (self.steps, self.guidance) if key and name in key]
-            yield name, near[0] if near else near_match(name, self.defaults)
+            yield name, near[0] if near else near_match(name, (*also, *self.defaults))
 
 
 def as_weight(value: Any) -> float | None:
@@ -197,6 +200,24 @@ def refuse(name: str, owner: str, near: str) -> NoReturn:
     raise TypeError(f"{owner} takes no argument {name!r}.{f' Is {near} meant?' if near else ''}")
 
 
+def spelled(verb: Callable[P, T]) -> Callable[P, T]:
+    """Have a verb say which of its arguments a wrong name may stand for."""
+
+    @functools.wraps(verb)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        _check_spelling(verb.__name__, signature, kwargs)
+        return verb(*args, **kwargs)
+
+    signature = inspect.signature(verb)
+    return called
+
+
+def _check_spelling(owner: str, signature: inspect.Signature, given: Mapping[str, Any]) -> None:
+    for name in given.keys() - signature.parameters.keys():
+        words = [known for known in signature.parameters if known in name.split("_")]  # num_inference_steps: steps
+        refuse(name, owner, words[0] if words else near_match(name, signature.parameters))
+
+
 def block_of(
     verb: Callable[P, T],
 ) -> Callable[[Callable[..., Iterator[Any]]], Callable[P, AbstractContextManager[T]]]:
@@ -205,8 +226,7 @@ def block_of(
     def give(generator: Callable[..., Iterator[Any]]) -> Callable[P, AbstractContextManager[T]]:
         @functools.wraps(generator)
         def block(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-            for name in kwargs.keys() - signature.parameters.keys():
-                refuse(name, generator.__name__, near_match(name, signature.parameters))
+            _check_spelling(generator.__name__, signature, kwargs)
             signature.bind(*args, **kwargs)
             return contextmanager(generator)(*args, **kwargs)
 

@@ -263,7 +263,7 @@ def by_name(name: str) -> Recipe:
         BaseModelError: there is none.
     """
     if not isinstance(name, str) or name not in _registered:
-        near = near_match(name, _registered, 0.6) if isinstance(name, str) else ""
+        near = near_match(name, _registered) if isinstance(name, str) else ""
         meant = f" Is {near!r} meant?" if near else ""
         known = ", ".join(map(repr, _registered))
         raise BaseModelError(f"recipe={brief(name)} is not known.{meant} Give one of {known}, or register your own.")

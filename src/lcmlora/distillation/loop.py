@@ -22,6 +22,7 @@ from ..errors import DataError, LcmLoraError, brief
 from ..layers import TARGET_MODULES
 from ..lora.files import WEIGHT_NAME
 from ..lora.sources import Given
+from ..parameters import spelled
 from ..writing import PARTIAL, append, write_text
 from . import checkpoint, export, optimizer
 from .batches import Batches, Step
@@ -50,6 +51,7 @@ class Probe(NamedTuple):
     expected: torch.Tensor
 
 
+@spelled
 def distill(
     teacher: Any,
     data: Any,

@@ -18,7 +18,7 @@ from ..acceleration import as_it_was, set_styles
 from ..calls import plain
 from ..devices import device_of
 from ..errors import DataError, LcmLoraError, PipelineError, brief
-from ..parameters import Parameters
+from ..parameters import Parameters, spelled
 from ..progress import one_bar
 from ..transition.records import pipe_record_of
 from ..transition.target import Style
@@ -68,6 +68,7 @@ class Generated:
         }
 
 
+@spelled
 def generate(
     pipe: Any,
     rows: Iterable[Mapping[str, Any] | str] | str | os.PathLike[str],

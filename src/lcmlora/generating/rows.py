@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from ..acceleration import rehearse
 from ..calls import plain
-from ..errors import DataError, LcmLoraError, LcmLoraWarning, brief, near_match
+from ..errors import DataError, LcmLoraError, LcmLoraWarning, brief
 from ..parameters import Parameters, as_weight, is_text, whole
 from ..state import status
 from ..transition.records import pipe_record_of
@@ -168,8 +168,7 @@ class Rows:
     def _check_names(self, asked: Mapping[str, Any]) -> None:
         for name in asked.keys() & _SET_BY_US.keys():
             raise DataError(f"{name} can't stand in a row: {_SET_BY_US[name]}.")
-        for name, near in self.takes.unknown(asked):
-            near = near_match(name, (*_OURS, *_SHORT, "steps", "guidance", *self.takes.defaults)) or near
+        for name, near in self.takes.unknown(asked, (*_OURS, *_SHORT, "steps", "guidance")):
             hint = f" Is {near} meant?" if near else ""
             raise DataError(f"{self.takes.owner}'s call takes no {name!r}.{hint}")
         needs_prompt = "prompt" in self.takes.defaults and "prompt_embeds" not in asked

@@ -263,7 +263,8 @@ class Room:
         if scene.image is not None and not self.sketches:
             raise CallError("this room's model is baked, so it draws from texts alone.")
         if odd := sorted((scene.styles or {}).keys() - self.styles.keys()):
-            raise CallError(f"there is no style {odd[0]!r} in this room; those that are there: {sorted(self.styles)}.")
+            there = f"; those that are there: {sorted(self.styles)}" if self.styles else ", nor any other"
+            raise CallError(f"there is no style {odd[0]!r} in this room{there}.")
         name = next(iter(self.choices)) if scene.recipe is None else scene.recipe
         if name not in self.choices:
             raise CallError(f"recipe={brief(name)}: this room has {', '.join(self.choices)}.")

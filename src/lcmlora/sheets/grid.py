@@ -156,6 +156,6 @@ def _takes(pipe: Any, asked: Sequence[Mapping[str, Any]], accelerate: Mapping[st
     for name, why in _OURS.items():
         if name in named:
             raise CallError(f"{name}: {why}.")
-    for name, near in takes.unknown({"prompt", "generator", *named}):
+    for name, near in takes.unknown({"prompt", "generator", *named}, ("seed", *settings)):
         refuse(name, f"{takes.owner}'s call", near)
     return takes

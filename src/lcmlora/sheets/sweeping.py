@@ -353,6 +353,8 @@ def compare(
 
     Other args, returns and raises: see `sweep`.
     """
+    if "steps" in more:
+        refuse("steps", "compare", "lcm_steps")
     guided = {} if base_guidance is None else {"guidance": base_guidance}
     settings = more.get("accelerate") or {}
     columns: dict[str, Mapping[str, Any]] = {}

@@ -130,7 +130,9 @@ class Snapshot:
 def _check_pipeline(pipe: Any) -> None:
     name = type(pipe).__name__
     if isinstance(pipe, nn.Module) or not (callable(pipe) or hasattr(pipe, "unet")):
-        raise PipelineError(f"accelerate takes a diffusers pipeline, not {name}.")
+        path = isinstance(pipe, str | Path)
+        how = f": accelerate(lcmlora.load({str(pipe)!r})) loads a folder, file or repository" if path else ""
+        raise PipelineError(f"accelerate takes a diffusers pipeline, not {name}{how}.")
     unet = compat.uncompiled(getattr(pipe, "unet", None))
     if isinstance(unet, UNet2DConditionModel | UNetMotionModel):
         return

@@ -184,9 +184,9 @@ def with_styles(target: Target, styles: Any, known: Mapping[str, Source | None],
         number = as_weight(wanted)
         if number is not None or isinstance(wanted, bool):
             if name not in known:
+                there = f"; those that are there: {sorted(known)}" if known else ", nor any other"
                 raise PipelineError(
-                    f"there is no style {name!r}; those that are there: {sorted(known)}. Give its source, or "
-                    "lcmlora.Style(source, weight)."
+                    f"there is no style {name!r}{there}. Give its source, or lcmlora.Style(source, weight)."
                 )
             check_weight(f"style {name!r}", wanted)
             weights[name] = number
