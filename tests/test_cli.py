@@ -119,7 +119,7 @@ def test_rows_of_a_file_and_a_picture_to_start_from(shell, model, tmp_path):
     shown = shell(line)
     assert shown.exit_code == 1
     assert shown.stdout.split() == ["pictures/0001-1.png", "pictures/0001-2.png"]
-    assert "Row 2: image='none.png': there is no such file" in shown.stderr
+    assert "Row 2 (line 3): image='none.png': there is no such file" in shown.stderr
     record = pictures.record_of("pictures/0001-2.png")
     assert record["pipeline"] == "StableDiffusionImg2ImgPipeline"
     assert record["status"]["styles"] == {"ink": 0.2}

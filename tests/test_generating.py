@@ -355,6 +355,45 @@ def test_a_row_that_fails_in_the_call_does_not_stop_the_rest(batch_size, pipe, t
     assert [file.name for file in made.files] == ["0001-0.png", "0003-0.png"]
 
 
+def test_what_failed_says_its_line_and_whether_another_try_may_help(pipe, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,steps\na fox,1\n,\nq,1\na rocket,0\n")
+    hook = failing(pipe, "q", RuntimeError("out of memory"))
+    with pytest.warns(LcmLoraWarning) as told:
+        made = generate(pipe, tmp_path / "rows.csv", tmp_path / "out")
+    hook.remove()
+    assert [(one.row, one.line, one.refused) for one in made.failed] == [(2, 4, False), (3, 5, True)]
+    assert made.to_dict()["failed"][0]["refused"] is False
+    words = [str(one.message) for one in told]
+    assert any("Row 3 (line 5): num_inference_steps=0" in one for one in words)
+    assert "row 2 (line 4) was not drawn: RuntimeError: out of memory" in words
+
+
+def test_what_was_made_stands_on_one_sheet(pipe, tmp_path, model):
+    lcmlora.accelerate(pipe, styles={"ink": model / "ink.safetensors"})
+    call = {"steps": 1, "size": "16x16"}
+    rows = [
+        {"prompt": "a fox", "seed": "1-2"},
+        {"prompt": "an owl", "seed": 1},
+        {"prompt": "an owl", "styles": "none"},
+    ]
+    made = generate(pipe, rows, tmp_path, call=call)
+    sheet = made.sheet("Animals")
+    assert [line.prompt for line in sheet.lines] == ["a fox", "an owl"]
+    assert sheet.columns == ("seed 1, ink 0.8", "seed 2, ink 0.8", "seed 0")
+    assert [[cell is not None for cell in line] for line in sheet.cells] == [[True, True, False], [True, False, True]]
+    assert [image.tobytes() for image in sheet.images] == [pictures.load(file)[0].tobytes() for file in made.files]
+    assert sheet.rows[0]["file"] == str(made.files[0])
+    sheet.to_html(tmp_path / "page.html")
+    sheet.save(tmp_path / "sheets")
+
+
+def test_pictures_that_no_record_tells_apart_stand_beside_each_other(pipe, tmp_path):
+    rows = [{"prompt": "a fox", "name": name, "steps": 1} for name in ("one", "two")]
+    assert generate(pipe, rows, tmp_path).sheet().columns == ("one", "two")
+    with pytest.raises(DataError, match="no picture was drawn"):
+        generate(pipe, [], tmp_path).sheet()
+
+
 def test_ctrl_c_keeps_what_is_done_and_gives_the_pipe_back(pipe, tmp_path, model):
     lcmlora.accelerate(pipe, styles={"ink": model / "ink.safetensors"})
     hook = failing(pipe, "q", KeyboardInterrupt())

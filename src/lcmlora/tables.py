@@ -26,9 +26,9 @@ def text_of(path: Path) -> str:
         raise DataError(f"{path} can't be read: {error.strerror or error}.") from error
 
 
-def prompts(text: str) -> Iterator[str]:
-    """One prompt a line. Not `splitlines`: a text may hold U+2028 and its like."""
-    return (line.strip() for line in text.split("\n") if line.strip())
+def prompts(text: str) -> Iterator[tuple[int, str]]:
+    """The number of each line that is not empty, and its prompt. Not `splitlines`: a text may hold U+2028."""
+    return ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
 def json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:

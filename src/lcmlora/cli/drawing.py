@@ -38,7 +38,9 @@ def generate(
     say: Say,
     **how: Any,
 ) -> None:
-    """Draw PROMPTS, or the rows of a file, into PNG files that say what made them.
+    """Draw PROMPTS, or the rows of a file, into PNG files.
+
+    Each file says what made it.
 
     The same command again goes on where it was stopped. For several processes:
     accelerate launch --num_processes 2 -m lcmlora generate ...
@@ -112,7 +114,7 @@ def _rows(prompts: tuple[str, ...], rows: Path | None, seeds: list[int] | None, 
     from ..generating.reading import read
 
     click.get_current_context().meta[ROWS] = True
-    keys = {key for row in read(rows)[0] if isinstance(row, dict) for key in row}
+    keys = {key for _, row in read(rows)[0] if isinstance(row, dict) for key in row}
     return rows, call.kind or ("inpaint" if "mask_image" in keys else "img2img" if "image" in keys else None)
 
 

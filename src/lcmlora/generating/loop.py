@@ -17,15 +17,17 @@ from .. import pictures
 from ..acceleration import as_it_was, set_styles
 from ..calls import plain
 from ..devices import device_of
-from ..errors import DataError, LcmLoraError, PipelineError, brief
+from ..errors import CallError, DataError, LcmLoraError, PipelineError, brief
 from ..parameters import Parameters, spelled
 from ..progress import one_bar
+from ..sheets.sheet import Sheet
 from ..transition.records import pipe_record_of
 from ..transition.target import Style
 from ..warn import warn
 from ..writing import in_the_making, require_writable
+from .overview import overview
 from .processes import Processes
-from .reading import read
+from .reading import Numbered, read
 from .records import MadeBy
 from .rows import Failed, Row, Rows, Styles, why_not
 
@@ -39,8 +41,9 @@ class Generated:
     Attributes:
         out: the folder.
         files: every picture of the rows that is there now, in the rows' order.
-        failed: the rows that were not drawn: each has its `row` (a number, from 1), its file's `name` (None where it
-            has none) and the `reason`.
+        failed: the rows that were not drawn: each has its `row` (a number, from 1) and its `line` in a file of rows,
+            its file's `name` (None where it has none), the `reason`, and whether it was `refused`: one that was not
+            failed while it was drawn, so that the same call may draw it.
         already: how many of the files were there before.
         interrupted: whether Ctrl-C stopped it before the last row.
     """
@@ -56,6 +59,20 @@ class Generated:
         failed = f", {_count(len(self.failed), 'picture')} not drawn" * bool(self.failed)
         stopped = ", interrupted" * self.interrupted
         return f"Generated({_count(len(self.files), 'picture')} in {self.out}{there}{failed}{stopped})"
+
+    def sheet(self, title: str = "") -> Sheet:
+        """The pictures on one contact sheet: a line for each prompt, a column for each setting that differs.
+
+        Args:
+            title: a line above the sheet.
+
+        Returns:
+            The sheet, to `save`, or to write as a page with `to_html`.
+
+        Raises:
+            DataError: a picture is not there any more, or there is none.
+        """
+        return overview(self.files, title)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -163,10 +180,12 @@ class _Run:
         self._batches: list[list[_Picture]] = []
         self._failed: list[Failed] = []
         self._done: set[str] = set()
+        self._lines: list[int | None] = []
 
-    def plan(self, given: Sequence[Any], checks: Rows, batch_size: int) -> None:
+    def plan(self, given: Sequence[Numbered], checks: Rows, batch_size: int) -> None:
         """Decide what is to draw, in which groups and batches, and tell what is not."""
-        for number, one in enumerate(given, 1):
+        for number, (line, one) in enumerate(given, 1):
+            self._lines.append(line)
             rows, bad = checks.check(number, one)
             for row in rows:
                 settings = self._made_by.settings(row, checks.takes)
@@ -174,9 +193,10 @@ class _Run:
                     self._order.append(self._looked_at(row, settings, self._made_by.key(row, settings)))
                 except (LcmLoraError, OSError) as error:
                     bad.append(Failed(number, row.name, str(error)))
+            bad = [Failed(one.row, one.name, one.reason, line=line) for one in bad]
             self._failed += bad
             if bad and self._strict:
-                raise DataError(f"row {bad[0].row}: {bad[0].reason}")
+                raise DataError(f"{bad[0].told}: {bad[0].reason}")
         if self._processes.first:
             _tell(self._failed, len(given))
         groups = _grouped(self._order, lambda picture: picture.row.styles)
@@ -278,10 +298,12 @@ class _Run:
         for one in batch:
             if one.there:
                 continue
+            number, refused = one.row.number, isinstance(error, CallError | DataError)
+            failed = Failed(number, one.row.name, reason, refused, self._lines[number - 1])
             if self._strict:
-                raise DataError(f"row {one.row.number}: {reason}") from error
-            self._failed.append(Failed(one.row.number, one.row.name, reason))
-            warn(f"row {one.row.number} was not drawn: {reason}")
+                raise DataError(f"{failed.told}: {reason}") from error
+            self._failed.append(failed)
+            warn(f"{failed.told} was not drawn: {reason}")
             bar.update()
 
 
@@ -334,7 +356,7 @@ def _grouped(things: Iterable[Any], key: Any) -> list[tuple[Any, list[Any]]]:
 
 def _tell(failed: Sequence[Failed], count: int) -> None:
     if failed:
-        first = " ".join(f"Row {one.row}: {one.reason}" for one in failed[:_TOLD])
+        first = " ".join(f"{one.told.capitalize()}: {one.reason}" for one in failed[:_TOLD])
         more = f" And {len(failed) - _TOLD} more, see .failed of the result." if len(failed) > _TOLD else ""
         warn(f"{_count(len(failed), 'picture')} of {_count(count, 'row')} can't be drawn. {first}{more}")
 

@@ -17,14 +17,17 @@ from ..transition.target import Style
 Given = Mapping[str, Any] | str | DataError
 """A row: a dict, a prompt alone, or why a line is no row."""
 
+Numbered = tuple[int | None, Given]
+"""A row and its line in the file; None where it is from none, or from a file without lines."""
+
 MOST_SEEDS = 100_000
 _SEED_RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 _TEXTS = re.compile(r"prompt(_\d)?$|^(negative|name|file|styles?|seeds?|size)$|(image|mask)$")
 """Columns of a CSV whose cells stay text."""
 
 
-def read(rows: Any) -> tuple[list[Given], Path]:
-    """The rows, and the folder that paths in them are relative to.
+def read(rows: Any) -> tuple[list[Numbered], Path]:
+    """The rows with their lines, and the folder that paths in them are relative to.
 
     Args:
         rows: dicts or prompts, or the path of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.txt` file (one prompt a line).
@@ -37,7 +40,7 @@ def read(rows: Any) -> tuple[list[Given], Path]:
             raise DataError(
                 f"rows={brief(rows)}: dicts or a file of them are expected, such as [{{'prompt': '...'}}]."
             )
-        return [_row(row) for row in rows], Path.cwd()
+        return [(None, _row(row)) for row in rows], Path.cwd()
     path = Path(rows).expanduser()
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -54,28 +57,28 @@ def _row(row: Any) -> Given:
     return row
 
 
-def _json_lines(text: str, path: Path) -> Iterator[Given]:
-    for _, row in tables.json_lines(text, path.name):
-        yield row if isinstance(row, DataError) else _row(row)
+def _json_lines(text: str, path: Path) -> Iterator[Numbered]:
+    for line, row in tables.json_lines(text, path.name):
+        yield line, row if isinstance(row, DataError) else _row(row)
 
 
-def _json_list(text: str, path: Path) -> Iterator[Given]:
+def _json_list(text: str, path: Path) -> Iterator[Numbered]:
     try:
         found = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path} is no JSON: {error}.") from error
     if not isinstance(found, list):
         raise DataError(f"{path} holds {brief(found)}: a list of rows is expected.")
-    yield from map(_row, found)
+    yield from ((None, _row(row)) for row in found)
 
 
-def _table(text: str, path: Path) -> Iterator[Given]:
-    for _, row in tables.table(text, path):
+def _table(text: str, path: Path) -> Iterator[Numbered]:
+    for line, row in tables.table(text, path):
         if isinstance(row, DataError):
-            yield row
+            yield line, row
             continue
         found = {key: cell.strip() for key, cell in row.items() if cell is not None and cell.strip()}
-        yield {key: cell if _TEXTS.search(key) else _number_or_text(cell) for key, cell in found.items()}
+        yield line, {key: cell if _TEXTS.search(key) else _number_or_text(cell) for key, cell in found.items()}
 
 
 def _number_or_text(cell: str) -> Any:
@@ -86,7 +89,7 @@ def _number_or_text(cell: str) -> Any:
         return cell
 
 
-def _prompts(text: str, path: Path) -> Iterator[Given]:
+def _prompts(text: str, path: Path) -> Iterator[Numbered]:
     return tables.prompts(text)
 
 

@@ -46,11 +46,21 @@ class Failed(NamedTuple):
         row: its number, from 1.
         name: its file's name; None where the row was not understood so far.
         reason: why, in a sentence.
+        refused: whether the row itself is at fault, and fails again until it is mended. False: the pipe failed while
+            it drew, for want of memory perhaps; the same call tries it again.
+        line: where it ends in the file of rows; None for rows from no file, or from a `.json` one.
     """
 
     row: int
     name: str | None
     reason: str
+    refused: bool = True
+    line: int | None = None
+
+    @property
+    def told(self) -> str:
+        """The row as a sentence names it."""
+        return f"row {self.row}" + (f" (line {self.line})" if self.line is not None else "")
 
 
 @dataclasses.dataclass(frozen=True)

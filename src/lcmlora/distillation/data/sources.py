@@ -153,7 +153,7 @@ def _find_sidecars(folder: Path) -> Found:
 
 
 def _find_prompts(file: Path, _: _Columns) -> Found:
-    return map(Example, tables.prompts(tables.text_of(file)))
+    return (Example(text) for _, text in tables.prompts(tables.text_of(file)))
 
 
 def _find_table(file: Path, columns: _Columns) -> Found:
