@@ -51,7 +51,7 @@ class Demo:
 
 
 def run(folder: str | Path, progress: Callable[[str], Any] = lambda text: None) -> Demo:
-    """Make every sheet and write it to `folder`; about a minute on two cores, no network.
+    """Make every sheet and write it to `folder`; about half a minute on two cores, no network.
 
     Args:
         folder: for the PNG and JSON files.
@@ -80,22 +80,27 @@ def run(folder: str | Path, progress: Callable[[str], Any] = lambda text: None) 
     progress(f"the base restored, {BASE_STEPS[0]} to {BASE_STEPS[-1]} steps")
     title = f"the base, restored: {type(pipe.scheduler).__name__}, guidance {pocket.GUIDANCE:g}"
     sheets["3-base-steps"] = sweep_steps(pipe, PROMPTS, title=title, guidance_scale=pocket.GUIDANCE)
-    progress("a style LoRA, a fine-tuned UNet, another scheduler, under the same LCM-LoRA")
+    progress("a style LoRA beside it")
     sheets["4-style"] = _with_style(pipe)
+    progress("a fine-tuned UNet under it")
     sheets["5-fine-tune"] = _fine_tuned()
+    progress("another scheduler")
     sheets["6-schedulers"] = _schedulers(pipe)
-    for name, sheet in sheets.items():
-        sheet.save(folder, name)
-    demo = Demo(sheets, folder)
+    return _saved(Demo(sheets, folder), time.perf_counter() - began)
+
+
+def _saved(demo: Demo, seconds: float) -> Demo:
+    for name, sheet in demo.sheets.items():
+        sheet.save(demo.folder, name)
     record = {
         "lcmlora": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} processors",
         "seconds_per_picture": demo.timings,
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
     }
-    (folder / "demo.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (demo.folder / "demo.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return demo
 
 

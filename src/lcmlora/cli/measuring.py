@@ -151,7 +151,9 @@ def benchmark(
     say: Say,
     **asked: Any,
 ) -> None:
-    """Measure how much faster the accelerated model is here, and where the time goes.
+    """Measure how much faster the accelerated model is here.
+
+    It tells where the time goes, and what to try.
 
     \b
     lcmlora benchmark -m pocket

@@ -52,7 +52,9 @@ def recipes(say: Say) -> None:
 @click.option("--subfolder", help="The folder inside it.")
 @click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
 def inspect(source: str, weight_name: str | None, subfolder: str | None, local_files_only: bool, say: Say) -> None:
-    """Tell what a LoRA file (or folder, or repository) holds, from its header.
+    """Tell what a LoRA's file holds, from its header.
+
+    SOURCE is a file, a folder or a repository.
 
     \b
     lcmlora inspect ink.safetensors
@@ -84,7 +86,9 @@ def inspect(source: str, weight_name: str | None, subfolder: str | None, local_f
 @model_options
 @speed_options
 def bake(folder: Path, overwrite: bool, model: Model, speed: Speed, say: Say) -> None:
-    """Save the accelerated model as an ordinary checkpoint in FOLDER, for programs that know nothing of LoRAs.
+    """Save the accelerated model as an ordinary checkpoint.
+
+    FOLDER is made; programs that know nothing of LoRAs load it.
 
     \b
     lcmlora bake fast-model -m my-model --style ink=ink.safetensors:0.8

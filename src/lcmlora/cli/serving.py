@@ -36,9 +36,10 @@ def live(
     say: Say,
     **how: Any,
 ) -> None:
-    """Serve a page where pictures follow what you type, slide and draw. Ctrl-C ends it.
+    """Serve a page where pictures follow what you type.
 
-    Left the model as it is, right accelerated. PROMPT is there to begin with. Without --model it is the embedded one.
+    They follow sliders and sketches too: left the model as it is, right accelerated. PROMPT is there to begin with.
+    Without --model it is the embedded one. Ctrl-C ends it.
 
     \b
     lcmlora live

@@ -13,13 +13,13 @@ from .options import FOLDER
 @command()
 @click.option("--out", "folder", type=FOLDER, default="demo", show_default=True, help="The folder for the sheets.")
 def demo(folder: Path, say: Say) -> None:
-    """Make the embedded model four-step and write contact sheets to see it by. No network."""
+    """Write contact sheets of the embedded model. No network."""
     from ..demo import run
     from ..writing import require_writable
 
     require_writable(folder)
-    say.tell("lcmlora demo: about a minute on two cores")
-    with say.loading("the embedded model"):
+    say.tell("lcmlora demo: about half a minute on two cores")
+    with say.loading(None):  # what is loaded is told by the run
         made = run(folder, progress=lambda text: say.tell(f"  {text} ..."))
     times = made.timings
     sheets = [str(folder / f"{name}.png") for name in made.sheets]

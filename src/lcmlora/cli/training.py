@@ -79,8 +79,10 @@ def distill(
     say: Say,
     **settings: Any,
 ) -> None:
-    """Distil an LCM-LoRA from TEACHER (a pipeline's folder, repository id or checkpoint, or 'pocket') and DATA
-    (pictures with metadata.jsonl, a file of prompts, or what else `lcmlora.distill` takes) into the folder OUTPUT.
+    """Distil a few-step LoRA from a model of your own.
+
+    TEACHER is a pipeline's folder, repository id or checkpoint, or 'pocket'; DATA is pictures with metadata.jsonl, a
+    file of prompts, or what else `lcmlora.distill` takes; OUTPUT is a folder.
 
     Run it again with the same OUTPUT to resume. For several processes: accelerate launch -m lcmlora distill ...
 
