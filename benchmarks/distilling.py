@@ -1,6 +1,7 @@
 """CPU seconds a step and peak memory of `distill` and of diffusers' own script, on the same work.
 
-    python benchmarks/distilling.py --official PATH/train_lcm_distill_lora_sdxl.py [--steps 8 40] [--turns 3]
+    python benchmarks/distilling.py --official PATH/train_lcm_distill_lora_sdxl.py [--steps 16 48] [--turns 3]
+    python benchmarks/distilling.py --page   # the table of docs/distillation.md from results/distilling.json
 
 The script is diffusers' examples/consistency_distillation/train_lcm_distill_lora_sdxl.py; it needs torchvision and
 datasets. Without `--official` ours alone is run. The teacher has SDXL's structure, its full depth and a tenth of its
@@ -8,7 +9,9 @@ widths (a hundredth of the parameters: UNet 25.6 M, text encoders 7.5 M, VAE 0.7
 all: pictures, batch, rank, fixed w, loss, learning rate, float32, one thread.
 
 Each run is a process of its own, at two lengths, and a step's cost is their difference. What is left of the shorter
-run is `start`: loading, what is computed once and kept, our check at the end, the other's sample pictures at the end.
+run is `start`: loading, what is computed once and kept (both lengths see all pictures, so that it is the same), our
+checks of the file before the first step and at the end. Both draw pictures at their end, the script 16 by a second
+pipeline, ours a validation sheet. Rows that are called bare are without. The paths are drawn once, before.
 Turns are interleaved. Memory is the whole process's greatest resident set. A busy machine makes CPU seconds too high,
 and not evenly so: measure on one that has nothing else to do.
 """
@@ -16,9 +19,11 @@ and not evenly so: measure on one that has nothing else to do.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
+import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parent.parent
 RESOLUTION, BATCH, RANK, W, PICTURES = 128, 4, 16, 7.5, 64
 OBJECTIVES = ("lcm", "paths")
 
@@ -83,34 +89,42 @@ def make_pictures(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
-def official(script: Path, place: Path, steps: int, out: Path) -> list[str]:
+def official(script: Path, place: Path, steps: int, out: Path, bare: bool) -> list[str]:
     settings = {"pretrained_teacher_model": place / "teacher", "train_data_dir": place / "pictures"}
     settings |= {"output_dir": out, "cache_dir": place / "cache", "resolution": RESOLUTION, "train_batch_size": BATCH}
     settings |= {"lora_rank": RANK, "lora_alpha": RANK, "w_min": W, "w_max": W, "loss_type": "huber"}
     settings |= {"learning_rate": 1e-4, "max_train_steps": steps, "seed": 0, "mixed_precision": "no"}
     settings |= {"checkpointing_steps": 10**6, "validation_steps": 10**6, "report_to": "all"}
-    return [str(script), *(f"--{key}={value}" for key, value in settings.items())]
+    given = [str(script), *(f"--{key}={value}" for key, value in settings.items())]
+    return [__file__, "--bare", *given] if bare else given
 
 
-def ours(objective: str, place: Path, steps: int, out: Path) -> list[str]:
-    return [__file__, "--run", objective, str(place), str(steps), str(out)]
+def distil_officially(script: str) -> None:
+    """What a process of the script does, without its sample pictures."""
+    spec = importlib.util.spec_from_file_location("official", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.log_validation = lambda *args, **settings: None
+    module.main(module.parse_args())
 
 
-def distil(objective: str, place: Path, steps: int, out: Path) -> None:
+def ours(objective: str, place: Path, steps: int, out: Path, bare: bool) -> list[str]:
+    return [__file__, "--run", objective, str(place), str(steps), str(out), "bare" * bare]
+
+
+def distil(objective: str, place: Path, steps: int, out: Path, bare: bool = True) -> None:
     """What a process of ours does."""
     import lcmlora
 
     settings: dict[str, Any] = {"rank": RANK, "steps": steps, "batch_size": BATCH, "w": W, "resolution": RESOLUTION}
-    if "objective" in fields():
-        settings["objective"] = objective
-    config = lcmlora.DistillConfig(**settings, checkpoint_every=0, log_every=1)
-    lcmlora.distill(place / "teacher", place / "pictures", out, config, progress=False)
-
-
-def fields() -> set[str]:
-    import lcmlora
-
-    return {field.name for field in dataclasses.fields(lcmlora.DistillConfig)}
+    settings |= {"objective": objective, "checkpoint_every": 0, "log_every": 1}
+    if bare:
+        settings["validate_every"] = 0
+    if objective == "paths":
+        settings["cache_dir"] = str(place / "cache-paths")
+    lcmlora.distill(place / "teacher", place / "pictures", out, lcmlora.DistillConfig(**settings), progress=False)
 
 
 def run(command: list[str], log: Path) -> Cost:
@@ -157,13 +171,26 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def page() -> None:
+    """Put the table behind its mark in docs/distillation.md."""
+    found = json.loads((ROOT / "benchmarks/results/distilling.json").read_text(encoding="utf-8"))
+    file = ROOT / "docs/distillation.md"
+    once = f"The paths, drawn once: {found['paths_once']:.0f} CPU seconds. {found['machine']}."
+    told = f"{table(found['rows'])}\n\n{once}\n"
+    mark = re.compile(r"(<!-- distilling -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    file.write_text(mark.sub(lambda at: at[1] + told, file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path)
-    parser.add_argument("--steps", type=int, nargs=2, default=[8, 40])
+    parser.add_argument("--steps", type=int, nargs=2, default=[16, 48])
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--name", default="distilling", help="of the file in benchmarks/results")
+    parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
+    if args.page:
+        page()
+        return
     from shapes import save
 
     with tempfile.TemporaryDirectory() as folder:
@@ -171,18 +198,28 @@ def main() -> None:
         make_teacher(place / "teacher")
         make_pictures(place / "pictures")
         rows: dict[str, Callable[[int, Path], list[str]]] = {}
-        if script := args.official:
-            rows["official script"] = lambda count, out: official(script.resolve(), place, count, out)
-        for objective in OBJECTIVES if "objective" in fields() else OBJECTIVES[:1]:
-            rows[f"lcmlora {objective}"] = lambda count, out, kind=objective: ours(kind, place, count, out)
+        for bare in (False, True):
+            if script := args.official:
+                rows["official script" + ", bare" * bare] = functools.partial(
+                    lambda count, out, bare: official(script.resolve(), place, count, out, bare), bare=bare
+                )
+            for objective in OBJECTIVES[: 1 if bare else None]:
+                rows[f"lcmlora {objective}" + ", bare" * bare] = functools.partial(
+                    lambda count, out, kind, bare: ours(kind, place, count, out, bare), kind=objective, bare=bare
+                )
+        once, again = (run(ours("paths", place, 1, place / f"once-{n}", True), place / "log.txt") for n in range(2))
         result = measure(rows, place, args.steps, args.turns)
-    save(args.name, {"steps": args.steps, "batch": BATCH, "rank": RANK, "resolution": RESOLUTION, "rows": result})
+    settings = {"steps": args.steps, "batch": BATCH, "rank": RANK, "resolution": RESOLUTION}
+    save("distilling", {**settings, "rows": result, "paths_once": once.seconds - again.seconds})
     print(table(result))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
-        kind, where, length, target = sys.argv[2:]
-        distil(kind, Path(where), int(length), Path(target))
+    if sys.argv[1:2] == ["--bare"]:
+        sys.argv.pop(1)
+        distil_officially(sys.argv.pop(1))  # what is left is the script's own
+    elif sys.argv[1:2] == ["--run"]:
+        kind, where, length, target, how = sys.argv[2:]
+        distil(kind, Path(where), int(length), Path(target), how == "bare")
     else:
         main()

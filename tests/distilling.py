@@ -34,7 +34,7 @@ def students(pipe: Any, **settings: Any) -> Iterator[Student]:
         student = Student(Teacher(pipe, config, torch.device("cpu")), config)
         for i, up in enumerate(student.up):
             up.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
-        with student.attached(), student.one_step():
+        with student.attached():
             yield student
 
 

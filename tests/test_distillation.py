@@ -142,7 +142,7 @@ def test_lcm_is_the_official_step(kind, v, merged):
     theirs = [unet.get_submodule(name).lora_A["x"].weight.grad for name in names]
     theirs += [unet.get_submodule(name).lora_B["x"].weight.grad for name in names]
     for ours, their in zip(grads, theirs, strict=True):
-        assert (ours - their).norm() <= 1e-4 * their.norm()
+        assert (ours - their).norm() <= 3e-4 * their.norm()
 
 
 def test_few_steps_are_the_samplers():
@@ -235,9 +235,8 @@ def test_each_objective_lowers_its_loss(settings):
         optimizer = torch.optim.AdamW(student.parameters, lr=1e-2)
         losses = []
         for _ in range(30):
-            with student.one_step():
-                loss = OBJECTIVES[config.objective](config)(student, batch, Draws(0, range(4)))
-                loss.backward()
+            loss = OBJECTIVES[config.objective](config)(student, batch, Draws(0, range(4)))
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))

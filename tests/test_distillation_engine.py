@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import itertools
@@ -26,6 +27,7 @@ from lcmlora.distillation import DistillConfig, cache, checkpoint, distill, expo
 from lcmlora.distillation.cache import Store, digest
 from lcmlora.distillation.draws import Draws
 from lcmlora.distillation.objectives import OBJECTIVES, Batch
+from lcmlora.distillation.student import Merged
 from lcmlora.distillation.validation import Validation
 from lcmlora.writing import whole
 
@@ -173,10 +175,13 @@ def test_two_processes_resume(tmp_path):
 @pytest.mark.parametrize("kind", PIPES)
 def test_every_way_to_compute_the_student_is_one(kind):
     results = []
-    for settings in ({"merged": "on"}, {"merged": "off"}, {"merged": "off", "gradient_checkpointing": True}):
+    ways = (
+        {"merged": merged, "gradient_checkpointing": spared} for merged in ("off", "on") for spared in (False, True)
+    )
+    for settings in ways:
         pipe = PIPES[kind]()
         with students(pipe, **settings) as student:
-            if settings.get("gradient_checkpointing"):
+            if settings["gradient_checkpointing"]:
                 pipe.unet.enable_gradient_checkpointing()
                 pipe.unet.train()
             conditions = student.teacher.conditions(*student.teacher.encode_text(PROMPTS[:2]))
@@ -185,33 +190,48 @@ def test_every_way_to_compute_the_student_is_one(kind):
             results.append((loss.detach(), *torch.autograd.grad(loss, student.parameters)))
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
-            assert (one - two).norm() <= 1e-4 * one.norm()
+            assert (one - two).norm() <= 1e-3 * one.norm()
 
 
-def test_gradient_checkpointing_computes_again_what_it_computed(pictures, tmp_path):
-    plain = run(pictures, tmp_path / "plain", merged="off")
-    spared = run(pictures, tmp_path / "spared", gradient_checkpointing=True)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (torch.nn.Linear(5, 4), (2, 3, 5)),
+        (torch.nn.Conv2d(3, 4, 3, padding=1), (2, 3, 5, 5)),
+        (torch.nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), (2, 3, 6, 5)),
+        (torch.nn.Conv2d(3, 4, 1), (2, 3, 2, 2)),
+    ],
+)
+def test_a_merged_layer_s_gradients_are_those_of_its_function(layer, shape):
+    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    out, *rest = layer.weight.shape
+    shapes = (shape, (2, *rest), (out, 2, *[1] * (len(rest) - 1)))
+    x, down, up = (torch.randn(one, dtype=torch.float64, requires_grad=True) for one in shapes)
+    assert torch.autograd.gradcheck(lambda *given: Merged.apply(*given, layer, 0.7), (x, down, up))
+
+
+@pytest.mark.parametrize("merged", ["on", "off"])
+def test_gradient_checkpointing_computes_again_what_it_computed(merged, pictures, tmp_path):
+    plain = run(pictures, tmp_path / "plain", merged=merged)
+    spared = run(pictures, tmp_path / "spared", merged=merged, gradient_checkpointing=True)
     assert_equal_files(plain, spared)
 
 
 def test_teacher_passes_are_one_batch_without_the_lora(pictures, tmp_path):
     pipe, passes = sd_pipe(), []
-    own = pipe.unet.mid_block.resnets[0].conv1.weight
 
-    def record(module, args):
-        if args and len(args[0]) > 1:  # those of training
-            passes.append((len(args[0]), module.mid_block.resnets[0].conv1.weight is own, torch.is_grad_enabled()))
+    def record(conv, args, out):
+        if len(args[0]) > 1:  # those of training
+            plain = torch.nn.functional.conv2d(args[0], conv.weight, conv.bias, padding=1)
+            passes.append((len(args[0]), torch.equal(out, plain), torch.is_grad_enabled()))
 
-    hook = pipe.unet.register_forward_pre_hook(record)
-    run(pictures, tmp_path / "out", pipe, steps=1)
-    hook.remove()
-    assert passes == [(4, True, False), (2, False, True), (2, False, False)]
+    hook = pipe.unet.mid_block.resnets[0].conv1.register_forward_hook(record)
+    run(pictures, tmp_path / "out", pipe, steps=2)  # in the first step the LoRA adds nothing
+    assert passes[-3:] == [(4, True, False), (2, False, True), (2, False, False)]
     passes.clear()
-    hook = pipe.unet.register_forward_pre_hook(record)
-    run(pictures, tmp_path / "paths", pipe, steps=1, objective="paths")
+    run(pictures, tmp_path / "paths", pipe, steps=2, objective="paths")
     hook.remove()
-    assert passes[-1] == (2, False, True)
-    assert {grad for *_, grad in passes[:-1]} == {False}
+    assert [one for one in passes if one[-1]] == [(2, True, True), (2, False, True)]
 
 
 def test_gradients_are_clipped(pictures, tmp_path, monkeypatch):

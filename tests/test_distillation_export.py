@@ -13,18 +13,25 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lcmlora
 from conftest import PIPES, assert_same, sd_pipe, snapshot, tiny_unet, write_lora
-from lcmlora.distillation import export
+from lcmlora.distillation import DistillConfig, export
 from lcmlora.distillation.card import push_to_hub, write_card
-from lcmlora.layers import TARGET_MODULES, lcm_layers
+from lcmlora.distillation.student import Student
+from lcmlora.distillation.teacher import Teacher, borrowed
+from lcmlora.layers import lcm_layers
 from lcmlora.testing import tiny_pipeline
 
-LORA = LoraConfig(r=4, lora_alpha=2, target_modules=list(TARGET_MODULES))
+
+def rehearse(pipe, folder, **saving):
+    config = DistillConfig(rank=4, alpha=2)
+    with borrowed(pipe):
+        export.rehearse(
+            Student(Teacher(pipe, config, torch.device("cpu")), config), folder, inputs_for(pipe), **saving
+        )
 
 
 def state_for(unet, rank=4, seed=0, only=None):
@@ -175,7 +182,7 @@ def quiet(pipe, dtype):
 def test_a_rehearsal_leaves_nothing_behind(kind, dtype, tmp_path):
     pipe = quiet(PIPES[kind](), dtype)
     before, random = snapshot(pipe), torch.get_rng_state()
-    export.rehearse(pipe, tmp_path, LORA, inputs_for(pipe), recipe="tcd", kohya=True)
+    rehearse(pipe, tmp_path, recipe="tcd", kohya=True)
     assert_same(before, snapshot(pipe))
     assert torch.equal(torch.get_rng_state(), random)
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +204,7 @@ def test_a_rehearsal_finds_what_would_go_wrong(what, dtype, tmp_path, monkeypatc
     before = snapshot(pipe)
     monkeypatch.setattr(export, "save_file", wrong)
     with pytest.raises(lcmlora.LcmLoraError, match="does not load back with plain diffusers: its UNet pass is off by"):
-        export.rehearse(pipe, tmp_path, LORA, inputs_for(pipe))
+        rehearse(pipe, tmp_path)
     assert_same(before, snapshot(pipe))
     assert list(tmp_path.iterdir()) == []
 
@@ -212,20 +219,20 @@ def test_a_file_that_diffusers_can_t_read_is_told_of(tmp_path, monkeypatch):
     before = snapshot(pipe)
     monkeypatch.setattr(export, "save_file", official)
     with pytest.raises(lcmlora.LcmLoraError, match="does not load with plain diffusers: "):
-        export.rehearse(pipe, tmp_path, LORA, inputs_for(pipe))
+        rehearse(pipe, tmp_path)
     assert_same(before, snapshot(pipe))
 
 
 def test_a_teacher_that_predicts_v_is_no_cause_to_warn(tmp_path):
     pipe = sd_pipe()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
-    export.rehearse(pipe, tmp_path, LORA, inputs_for(pipe))
+    rehearse(pipe, tmp_path)
 
 
 def test_a_folder_that_can_t_be_written_to_is_told_of(tmp_path):
     pipe = sd_pipe()
     with pytest.raises(lcmlora.LcmLoraError, match="nothing can be written to"):
-        export.rehearse(pipe, tmp_path / "no", LORA, inputs_for(pipe))
+        rehearse(pipe, tmp_path / "no")
 
 
 @pytest.mark.parametrize("recipe", ["lcm", "tcd"])

@@ -83,7 +83,7 @@ class DistillConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = _set("no", "'no', 'fp16' or 'bf16', as Accelerate's.")
     merged: Literal["auto", "on", "off"] = _set(
         "auto",
-        "compute the student's pass on merged weights, W + BA, or with the LoRA beside each layer. 'auto' merges on a "
+        "compute the student's layers with merged weights, W + BA, or with the LoRA beside each. 'auto' merges on a "
         "CPU in float32, where that is faster.",
     )
     gradient_checkpointing: bool = _set(
@@ -138,8 +138,6 @@ class DistillConfig:
                 f"then={self.then!r} and then_steps={self.then_steps}: a second stage needs both, and fewer steps "
                 f"than the {self.steps} of the whole run."
             )
-        if self.merged == "on" and self.gradient_checkpointing:
-            raise DataError("merged='on' can't be combined with gradient_checkpointing: type merged='off'.")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DistillConfig:

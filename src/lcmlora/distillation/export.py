@@ -13,7 +13,6 @@ from typing import Any
 
 import diffusers
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from .. import __version__, recipe
@@ -26,17 +25,12 @@ from ..lora.merge import FileLora
 from ..lora.sources import Given, Source
 from ..quiet import TEXT_ENCODERS, hushed
 from ..writing import whole
+from .student import Student
 
 ADAPTER, REHEARSAL = "lcmlora_student", ".rehearsal-"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 State = Mapping[str, torch.Tensor]
 """A LoRA as PEFT spells it: "mid_block...to_q.lora_A.weight" (rank, in, ...), "...lora_B.weight" (out, rank, ...)."""
-
-
-def state_of(unet: Any) -> dict[str, torch.Tensor]:
-    """The student's weights as they are now."""
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
-    return state
 
 
 def kohya_copy(file: Path) -> Path:
@@ -60,7 +54,7 @@ def save(
     is written there, since diffusers hands it to `LoraConfig` as it is.
 
     Args:
-        state: of `state_of`, or of `merge_factors`.
+        state: of `Student.state`, or of `merge_factors`.
         folder: where to.
         alpha: of every layer. One for all, whatever the ranks: where alphas differ, plain diffusers loses those of
             attention layers in kohya's layout (peft_utils.py, get_peft_kwargs).
@@ -249,45 +243,29 @@ def _accelerated(pipe: Any, file: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def rehearse(pipe: Any, folder: Path, lora: LoraConfig, inputs: Mapping[str, Any], **saving: Any) -> None:
+def rehearse(student: Student, folder: Path, inputs: Mapping[str, Any], **saving: Any) -> None:
     """Save a LoRA of random weights and load it back, before anybody trains towards a failure. Nothing is left of it,
     in the pipe or in the folder.
 
     Args:
-        pipe: the teacher, without the student's adapter.
+        student: one like that which will be trained; it gets the random weights.
         folder: where the result will be written.
-        lora: what will be trained.
         inputs: the UNet's arguments.
         saving: as for `save`.
 
     Raises:
         LcmLoraError: as `save` and `check`.
     """
-    device = pipe.unet.device
+    device = student.teacher.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # loaders draw weights before they set them
-        state, expected = _random_lora(pipe.unet, lora, inputs)
+        for down, up in zip(student.down, student.up, strict=True):  # together about a quarter of what a layer gives
+            down.normal_(std=down[0].numel() ** -0.5)
+            up.normal_(std=student.rank**0.5 / (4 * student.alpha))
+        with student.attached():
+            expected = student.pass_of(inputs)
         try:
             with tempfile.TemporaryDirectory(prefix=REHEARSAL, dir=folder) as place:
-                file = save(state, Path(place), alpha=lora.lora_alpha, **saving)
-                check(pipe, file, inputs, expected)
+                file = save(student.state(), Path(place), alpha=student.alpha, **saving)
+                check(student.teacher.pipe, file, inputs, expected)
         except OSError as error:
             raise LcmLoraError(f"nothing can be written to {folder}: {error}") from error
-
-
-def _random_lora(
-    unet: Any, lora: LoraConfig, inputs: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A LoRA that adds about a quarter of what each layer gives, in float32 as in training, and the UNet's output."""
-    adapters = Adapters(ModuleIndex.of(unet))
-    try:
-        unet.add_adapter(lora, adapter_name=ADAPTER)
-        for parameter in unet.parameters():
-            if parameter.requires_grad:  # the adapter's
-                parameter.data = parameter.data.float()
-        state = state_of(unet)
-        for key, value in state.items():
-            size = value[0].numel() ** 0.5 if key.endswith(_DOWN) else 4 * lora.lora_alpha / lora.r**0.5
-            value.normal_().div_(size)
-        return state, unet(**inputs, return_dict=False)[0]
-    finally:
-        adapters.restore()

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig
 from tqdm.auto import tqdm
 
 from .. import compat, compiling
 from ..errors import DataError, LcmLoraError, brief
-from ..layers import TARGET_MODULES
 from ..lora.files import WEIGHT_NAME
 from ..lora.sources import Given
 from ..parameters import spelled
@@ -186,10 +184,7 @@ class _Run:
             LcmLoraError: it does not.
         """
         if self.accelerator.is_main_process and not self.step:
-            lora = LoraConfig(
-                r=self.config.rank, lora_alpha=self.config.lora_alpha, target_modules=list(TARGET_MODULES)
-            )
-            export.rehearse(self.teacher.pipe, self.output, lora, self.inputs, **self._saving)
+            export.rehearse(Student(self.teacher, self.config), self.output, self.inputs, **self._saving)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -223,7 +218,7 @@ class _Run:
         if self.ema:
             self.ema.copy_to(self.params)
         self.accelerator.wait_for_everyone()
-        with torch.no_grad(), self.student.attached(), self.student.one_step():
+        with torch.no_grad(), self.student.attached():
             expected = self.student.pass_of(self.inputs)
         probe = Probe(self._export(self.output, styles), self.inputs, expected)
         if self.accelerator.is_main_process:
@@ -313,7 +308,7 @@ class _Run:
         accelerator = self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = optimizer.rate(self.step, stage, self.config)
-        with accelerator.accumulate(), self.student.one_step():
+        with accelerator.accumulate():
             with accelerator.autocast():
                 loss = objective(self.student, step.batch, Draws(self.config.seed, step.turns))
             told = torch.stack([loss.detach().float(), loss.new_tensor(float(self._asked.is_set())).float()])

@@ -345,22 +345,16 @@ class Teacher:
         sizes = sizes or [(self.side, self.side, 0, 0, self.side, self.side)] * len(text.embeds)
         return Conditions(text, empty, torch.tensor(sizes, **to))
 
-    def predict(
-        self, z: torch.Tensor, t: torch.Tensor, arguments: Mapping[str, Any], weights: Any = None
-    ) -> torch.Tensor:
+    def predict(self, z: torch.Tensor, t: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
         """The UNet's output in float32; z is float32 and enters in the UNet's dtype.
 
         Args:
             z: latents.
             t: (batch,) timesteps.
             arguments: of `Conditions`.
-            weights: Parameters by name to compute with in the place of the UNet's own.
         """
-        inputs = (z.to(self.unet.dtype), t.to(z.device))
-        keywords = {**arguments, "return_dict": False}
-        if weights is None:
-            return self.unet(*inputs, **keywords)[0].float()  # type: ignore[no-any-return]
-        return torch.func.functional_call(self.unet, weights, inputs, keywords)[0].float()  # type: ignore[no-any-return]
+        predicted = self.unet(z.to(self.unet.dtype), t.to(z.device), **arguments, return_dict=False)[0]
+        return predicted.float()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def guided(self, z: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:

@@ -78,11 +78,10 @@ class Validator:
         if self._pictures is None:
             self._pictures = teacher.decode(self.reference)
         columns, rel = [], {}
-        with student.one_step():
-            for steps in STEPS:
-                z_0 = self.sample(student, steps).cpu()
-                rel[steps] = float((z_0 - self.reference).norm() / self.reference.norm())
-                columns.append(teacher.decode(z_0))
+        for steps in STEPS:
+            z_0 = self.sample(student, steps).cpu()
+            rel[steps] = float((z_0 - self.reference).norm() / self.reference.norm())
+            columns.append(teacher.decode(z_0))
         names = [*map(in_steps, STEPS), "teacher"]
         cells = [tuple(Cell(image, {}) for image in line) for line in zip(*columns, self._pictures, strict=True)]
         sheet = Sheet(tuple(cells), tuple(names), tuple(Line(prompt) for prompt, _ in self.prompts))
