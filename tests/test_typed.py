@@ -96,7 +96,7 @@ def test_a_wrong_name_of_an_argument_is_answered_with_the_right_one(given, meant
         lcmlora.accelerate(None, **{given: 1})
 
 
-@pytest.mark.parametrize("verb", [lcmlora.benchmark, lcmlora.distill, lcmlora.generate])
+@pytest.mark.parametrize("verb", [lcmlora.distill, lcmlora.generate])
 def test_every_verb_of_many_arguments_does_so(verb):
     with pytest.raises(TypeError, match=rf"{verb.__name__} takes no argument 'progess_bar'"):
         verb(None, progess_bar=1)

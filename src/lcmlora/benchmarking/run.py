@@ -17,7 +17,7 @@ from ..devices import device_of, hardware
 from ..errors import CallError, PipelineError, brief
 from ..lora.sources import Given
 from ..moving import require_unshared
-from ..parameters import spelled, whole
+from ..parameters import whole
 from ..sheets.states import settings_of
 from ..sheets.sweeping import SEED, CallArguments
 from ..state import is_accelerated
@@ -28,7 +28,6 @@ from .turns import Calls, Turns, states_of
 PROMPT = "a red fox in the snow"
 
 
-@spelled
 def benchmark(
     pipe: Any,
     steps: tuple[int | None, int | None] = (4, 25),
