@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffus
 
 import lcmlora
 from conftest import PIPES, assert_same, sd_pipe, sdxl_pipe, snapshot, tiny_unet, write_lora
-from lcmlora.acceleration import plainly
+from lcmlora.meanwhile import plainly
+from lcmlora.transition import transaction
 from lcmlora.transition.snapshot import Component
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -152,7 +155,8 @@ def test_ctrl_c_on_a_blocks_way_back_waits_for_its_end(block, lcm_file, monkeypa
     if block != "accelerated":
         lcmlora.accelerate(pipe, **settings)
     before = lcmlora.status(pipe)
-    real, left = Component.of, [KeyboardInterrupt()]
+    back = (transaction, "merge") if block == "plainly" else (Component, "of")
+    real, left = getattr(*back), [KeyboardInterrupt()]
 
     def stopped_once(*given):
         if left:
@@ -164,11 +168,34 @@ def test_ctrl_c_on_a_blocks_way_back_waits_for_its_end(block, lcm_file, monkeypa
         more = {"accelerated": settings, "styled": {"styles": {}}, "plainly": {}}
         with blocks[block](pipe, **more[block]):
             assert lcmlora.status(pipe) != before
-            monkeypatch.setattr(Component, "of", staticmethod(stopped_once))
+            monkeypatch.setattr(*back, stopped_once if block == "plainly" else staticmethod(stopped_once))
 
     with pytest.raises(KeyboardInterrupt):
         run()
     assert lcmlora.status(pipe) == before
+
+
+def test_of_two_threads_one_is_let_into_the_block(lcm_file):
+    pipe = sd_pipe()
+    file, entered, left, found = lcm_file(pipe), Barrier(2), Event(), []
+
+    def enter():
+        entered.wait()
+        try:
+            with lcmlora.accelerated(pipe, lora=file):
+                left.wait(60)
+                found.append(lcmlora.is_accelerated(pipe))
+        except lcmlora.PipelineError as error:
+            found.append(str(error))
+            left.set()
+
+    before = snapshot(pipe)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: enter(), range(2)))
+    refused = [one for one in found if one is not True]
+    assert len(found) == 2
+    assert [one[:35] for one in refused] == ["this pipe is accelerated already; `"]
+    assert_same(before, snapshot(pipe))
 
 
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])

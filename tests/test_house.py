@@ -35,6 +35,7 @@ RANKS = (
     ("transition",),
     ("calling", "moving"),
     ("acceleration", "state"),
+    ("meanwhile",),
     ("pictures",),
     ("sheets", "baking", "pocket", "loading", "testing", "distillation"),
     ("benchmarking",),

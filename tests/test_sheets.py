@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from diffusers.pipelines.animatediff.pipeline_output import AnimateDiffPipelineOutput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 import lcmlora
 from conftest import assert_same, sd_pipe, sdxl_pipe, snapshot
-from lcmlora import sheets
+from lcmlora import meanwhile, sheets
 from lcmlora.sheets import states
 from lcmlora.sheets.metrics import distance
 from lcmlora.sheets.sweeping import picture_of
@@ -220,9 +228,7 @@ def test_weights_are_axes_and_a_merge_is_made_once_for_all_cells_of_it(fast, lcm
     if fast:
         lcmlora.accelerate(pipe, **given)
     active = lcmlora.status(pipe)
-    monkeypatch.setattr(
-        states, "accelerate", lambda *args, **more: calls.append(more) or lcmlora.accelerate(*args, **more)
-    )
+    monkeypatch.setattr(states, "varied", lambda *args: calls.append(args) or meanwhile.varied(*args))
     monkeypatch.setattr(
         states, "accelerated", lambda *args, **more: calls.append(more) or lcmlora.accelerated(*args, **more)
     )
@@ -291,6 +297,47 @@ def test_without_is_the_pipe_as_it_was_at_its_own_steps(fuse, lcm_file, tmp_path
     assert cells(sheet)[0][0] == single(plain, num_inference_steps=3)
     assert lcmlora.status(pipe) == active
     assert single(pipe) == expected
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    "x", [{"accelerated": (False, True)}, {"recipe": ("tcd",)}, {"weight": (0.5,)}, {"styles": ({},)}]
+)
+def test_what_others_put_into_an_accelerated_pipe_is_there_afterwards(x, fuse, lcm_file, tmp_path):
+    """A scheduler of the user's own, and a LoRA that was loaded since."""
+    pipe = sd_pipe()
+    given = {"lora": lcm_file(pipe)}
+    lcmlora.accelerate(pipe, **given, fuse=fuse)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    if fuse:  # beside adapters it would have put the LCM-LoRA out
+        late = tiny_lora(pipe, tmp_path / "late.safetensors")
+        pipe.load_lora_weights(str(tmp_path), weight_name=late.name, adapter_name="late")
+    scheduler, kind, expected = pipe.scheduler, type(pipe), single(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lcmlora.LcmLoraWarning)  # of the file's recipe
+        lcmlora.sweep(pipe, "a fox", x, y={"steps": (1,)}, accelerate=given if "recipe" in x else {}, **SMALL)
+    assert (pipe.scheduler is scheduler, type(pipe) is kind) == (True, True)
+    assert single(pipe) == expected
+    assert list(lcmlora.status(pipe).styles) == ["late"] * fuse
+
+
+@pytest.mark.parametrize("x", [{"accelerated": (False, True)}, {"weight": (0.5, 0)}])
+def test_other_threads_wait_for_cells_of_another_state(x, lcm_file):
+    pipe = sd_pipe()
+    lcmlora.accelerate(pipe, lora=lcm_file(pipe))
+    sibling = copy.copy(pipe)
+    expected, alone, found = single(sibling), cells(lcmlora.sweep(pipe, "a fox", x, **SMALL)), []
+    with ThreadPoolExecutor(1) as others:
+
+        def ask(*given):
+            if not found:
+                found.append(others.submit(single, sibling))
+                wait(found, timeout=0.2)
+
+        hook = pipe.unet.register_forward_pre_hook(ask)
+        assert cells(lcmlora.sweep(pipe, "a fox", x, **SMALL)) == alone
+        hook.remove()
+    assert found[0].result() == expected
 
 
 def test_without_keeps_out_of_the_other_axis_of_steps(pipe):
@@ -530,10 +577,21 @@ def test_there_is_no_pipe_without_the_lora_where_a_sibling_has_it(pipe):
     with pytest.raises(lcmlora.PipelineError, match="another pipe that shares this one's UNet"):
         lcmlora.benchmark(other, (1, 1), progress=False)
     lcmlora.accelerate(other)
+    lcmlora.restore(pipe)
     with pytest.raises(lcmlora.PipelineError, match="another pipe that shares this one's UNet"):
         lcmlora.sweep_steps(pipe, "a", (1,), without=True)
-    lcmlora.restore(other)
+    lcmlora.accelerate(pipe)  # then each waits for the other
     assert len(lcmlora.sweep_steps(pipe, "a", (1,), without={"steps": 1}, **SMALL).images) == 2
+
+
+def test_a_text_encoder_that_another_unet_s_pipe_relies_on_stays_as_it_is(tmp_path, lcm_file):
+    one, other = sd_pipe(), sd_pipe()
+    other.text_encoder = one.text_encoder
+    ink = tiny_lora(one, tmp_path / "ink.safetensors", text=True)
+    for pipe in (one, other):
+        lcmlora.accelerate(pipe, lora=lcm_file(pipe), styles={"ink": ink})
+    with pytest.raises(lcmlora.PipelineError, match="text_encoder is shared with an accelerated pipe of another UNet"):
+        lcmlora.compare(one, "a", base_steps=(1,), lcm_steps=(1,), **SMALL)
 
 
 def test_ctrl_c_in_a_metric_costs_no_picture(pipe):

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 from .compat import uncompiled
@@ -19,18 +19,17 @@ from .parameters import as_weight, block_of, spelled
 from .policy import Policy
 from .transition import transaction
 from .transition.records import (
-    Content,
+    Gate,
     ModuleRecord,
     PipeRecord,
+    Shell,
     lock,
     module_record_of,
     pipe_record_of,
 )
-from .transition.snapshot import COMPONENTS, Component, Snapshot, not_in_memory
+from .transition.snapshot import COMPONENTS, Component, Snapshot
 from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, with_styles
-from .transition.transaction import Undo
 from .transition.verification import (
-    check_as_left,
     check_way_back,
     warn_of_lost_adapters,
 )
@@ -128,7 +127,7 @@ def accelerate(
         CallError: steps or guidance are outside what works.
     """
     wish = {name: value for name, value in locals().items() if name != "pipe"}
-    with _alone(pipe):
+    with alone(pipe):
         now = Snapshot.of(pipe)
         move(now, *_wanted(now, wish))
     return pipe
@@ -176,7 +175,7 @@ def rehearse(pipe: Any, **settings: Any) -> Policy:
     """
     given = inspect.signature(accelerate).bind(pipe, **settings)
     given.apply_defaults()
-    with _alone(pipe):
+    with alone(pipe):
         now = Snapshot.of(pipe)
         target, kept, anew, _, policy = _wanted(now, given.arguments)
         return kept.policy.under(plan_for(now, target, anew).applied.recipe, policy)
@@ -203,7 +202,7 @@ def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
         LoraFileError: as for `accelerate`. Nothing is changed then.
         LoraMismatchError: as for `accelerate`. Nothing is changed then.
     """
-    with _alone(pipe):
+    with alone(pipe):
         record = pipe_record_of(pipe)
         if record is None:
             raise PipelineError("set_styles changes an accelerated pipe; lcmlora.accelerate(pipe, styles=...) first.")
@@ -230,7 +229,7 @@ def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
         PipelineError: the pipe is not accelerated, its originals were not kept (keep=None), or somebody changed the
             weights so that the way back is not exact (`force=True` goes it nevertheless).
     """
-    with _alone(pipe):
+    with alone(pipe):
         record = pipe_record_of(pipe)
         if record is not None and record.baked:
             raise PipelineError("this pipe was baked: the LCM-LoRA is in its file, and there is nothing to restore.")
@@ -287,15 +286,19 @@ def accelerated(pipe: Any, *args: Any, **settings: Any) -> Iterator[Any]:
     Raises:
         PipelineError: the pipe is accelerated already. What else `accelerate` raises.
     """
-    if pipe_record_of(pipe) is not None:
-        raise PipelineError(
-            "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."
-        )
+    mine = False
     try:
-        accelerate(pipe, *args, **settings)
+        with alone(pipe):  # two threads don't both find it plain
+            if pipe_record_of(pipe) is not None:
+                raise PipelineError(
+                    "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."
+                )
+            mine = True
+            accelerate(pipe, *args, **settings)
         yield pipe
     finally:
-        _surely(lambda: restore(pipe) if pipe_record_of(pipe) is not None else None)  # else restored in the block
+        if mine:
+            _surely(lambda: restore(pipe) if pipe_record_of(pipe) is not None else None)  # else restored in the block
 
 
 @contextmanager
@@ -350,26 +353,13 @@ def _surely(back: Callable[[], object]) -> None:
         raise
 
 
-@contextmanager
-def plainly(pipe: Any) -> Iterator[None]:
-    """An accelerated pipe as `restore` gives it back, for the length of a block.
-
-    Raises:
-        PipelineError: the way back is not exact, or the pipe was baked.
-    """
-    before = Before.of(pipe)
-    try:
-        restore(pipe)
-        yield
-    finally:
-        _surely(lambda: before.again(pipe) if before is not None else None)
-
-
 class Before(NamedTuple):
     """What an accelerated pipe was made to be. A record changes with the pipe, so it can't be asked later."""
 
     target: Target
     settings: PipeSettings
+    made: Shell
+    here: Shell
 
     @classmethod
     def of(cls, pipe: Any) -> Before | None:
@@ -380,11 +370,11 @@ class Before(NamedTuple):
         now = Snapshot.of(pipe)
         target = _target(now)
         styles = {**dict.fromkeys(_late(now)), **target.styles}
-        return cls(dataclasses.replace(target, styles=styles), record.settings)
+        return cls(dataclasses.replace(target, styles=styles), record.settings, record.made, Shell.of(pipe))
 
     def again(self, pipe: Any) -> None:
         """Make the pipe so. Styles that were given since stay known."""
-        with _alone(pipe):
+        with alone(pipe):
             now = Snapshot.of(pipe)
             target = _target(now)
             anew = {name for name, source in self.target.sources.items() if target.sources.get(name) != source}
@@ -392,48 +382,24 @@ class Before(NamedTuple):
                 anew.add(self.target.adapter_name)
             sources = {**target.sources, **self.target.sources}
             move(now, dataclasses.replace(self.target, sources=sources), self.settings, anew)
+            transaction.dress_again(pipe, self.made, self.here)
 
 
 @contextmanager
-def merged(pipe: Any) -> Iterator[None]:
-    """An accelerated pipe with every LoRA in its weights, for as long as the block lasts, however it was accelerated.
-
-    Raises:
-        PipelineError: its weights can't be merged (quantised, DoRA).
-    """
-    with _alone(pipe), Undo() as undo:
-        now = Snapshot.of(pipe)
-        for name, component in now.components.items():
-            record = component.record
-            if record is None:
-                continue
-            if why := not_in_memory(component):
-                raise PipelineError(f"bake needs the weights, and {why}")
-            check_as_left(component, "bake")
-            if record.content.merged or (not record.content.touched and not component.adapters.active):
-                continue
-            content = record.content
-            loras, weights = content.loras, content.weights
-            if not content.touched:
-                loras, weights = component.adapters.loras, dict.fromkeys(component.adapters.active)
-            if why := component.why_not_mergeable:
-                raise PipelineError(f"the LoRAs of this pipe's {name} can't be merged into its weights: {why}.")
-            transaction.change(record, component, Content(loras, weights, True), "memory", undo)
-        try:
+def alone(pipe: Any) -> Iterator[None]:
+    """For the length of a block, no call of a pipe with this UNet in another thread, and no other transition."""
+    gate = _gate(pipe)
+    with gate.changing() if gate is not None else nullcontext(), lock:
+        if (now := _gate(pipe)) is gate or now is None:
             yield
-        finally:
-            undo.roll_back()
-
-
-@contextmanager
-def _alone(pipe: Any) -> Iterator[None]:
-    """No call of a pipe with this UNet, and no other transition."""
-    changed = pipe_record_of(pipe) or module_record_of(getattr(pipe, "unet", None))
-    with ExitStack() as stack:
-        if changed is not None:
-            stack.enter_context(changed.gate.changing())
-        stack.enter_context(lock)
+            return
+    with alone(pipe):  # another thread accelerated it in between: its calls have to be waited for
         yield
+
+
+def _gate(pipe: Any) -> Gate | None:
+    changed = pipe_record_of(pipe) or module_record_of(getattr(pipe, "unet", None))
+    return changed.gate if changed is not None else None
 
 
 def _said(arguments: Mapping[str, Any]) -> dict[str, Any]:

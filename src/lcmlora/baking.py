@@ -14,11 +14,11 @@ from torch import nn
 
 from . import __version__, calls
 from . import recipe as recipes
-from .acceleration import merged
 from .calling import HOOKS
 from .compat import bars_hidden
 from .errors import PipelineError, brief
 from .lora.sources import REPOSITORY
+from .meanwhile import merged
 from .policy import Policy
 from .state import status
 from .transition import transaction

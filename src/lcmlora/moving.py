@@ -109,17 +109,24 @@ def plan_for(now: Snapshot, target: Target, anew: Collection[str]) -> Plan:
 
 
 def require_unshared(pipe: Any) -> None:
-    """Refuse a pipe that can't be without the LCM-LoRA, as another one that shares its UNet has it.
+    """Refuse a pipe that can't be without the LCM-LoRA, as another one that does not wait for it has it.
 
     Raises:
         PipelineError: it is so.
     """
-    record = module_record_of(unet_of(pipe))
-    if record is not None and not record.is_for_none_but(pipe):
+    mine, record = pipe_record_of(pipe), module_record_of(unet_of(pipe))
+    if mine is None and record is not None and record.pipes:
         raise PipelineError(
             "another pipe that shares this one's UNet is accelerated, so there is none without the LCM-LoRA: "
-            "lcmlora.restore that one first."
+            "lcmlora.restore that one first, or give it in this one's place."
         )
+    for name, module in mine.modules.items() if mine is not None else ():
+        theirs = [pipe_record_of(other) for other in module.pipes]
+        if mine is not None and any(other is not None and other.unet is not mine.unet for other in theirs):
+            raise PipelineError(
+                f"pipe.{name} is shared with an accelerated pipe of another UNet, which needs what is in it: "
+                f"pipe.{name} = copy.deepcopy(pipe.{name}) before accelerate keeps them apart."
+            )
 
 
 def require_originals(record: ModuleRecord, purpose: str) -> None:

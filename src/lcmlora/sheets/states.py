@@ -9,9 +9,10 @@ from typing import Any
 
 import diffusers
 
-from ..acceleration import accelerate, accelerated, as_it_was, plainly, rehearse
+from ..acceleration import accelerated, rehearse
 from ..errors import CallError, PipelineError, brief
 from ..lora.sources import Given
+from ..meanwhile import plainly, varied
 from ..moving import require_originals, require_unshared
 from ..policy import Policy
 from ..state import is_accelerated, status
@@ -79,11 +80,11 @@ class State:
         return record.settings.policy if self.accelerated and record is not None else None
 
     def block(self, pipe: Any) -> AbstractContextManager[Any]:
-        """The pipe in this state, for the length of a block."""
+        """The pipe in this state, or a copy that is, for the length of a block."""
         if not is_accelerated(pipe):
             return accelerated(pipe, **self.settings) if self.accelerated else _scheduled(pipe, self.scheduler)
         if self.accelerated:
-            return _varied(pipe, self.settings) if self.settings else nullcontext()
+            return varied(pipe, self.settings) if self.settings else nullcontext(pipe)
         return _plain_again(pipe, self.scheduler)
 
 
@@ -118,26 +119,19 @@ def _scheduler(wanted: Any) -> Any:
 
 
 @contextmanager
-def _scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
+def _scheduled(pipe: Any, scheduler: Any) -> Iterator[Any]:
     if scheduler is None:
-        yield
+        yield pipe
         return
     found = pipe.scheduler
     pipe.scheduler = scheduler if hasattr(scheduler, "timesteps") else scheduler.from_config(found.config)
     try:
-        yield
+        yield pipe
     finally:
         pipe.scheduler = found
 
 
 @contextmanager
-def _varied(pipe: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    with as_it_was(pipe):
-        accelerate(pipe, **settings)
-        yield
-
-
-@contextmanager
-def _plain_again(pipe: Any, scheduler: Any) -> Iterator[None]:
-    with plainly(pipe), _scheduled(pipe, scheduler):
-        yield
+def _plain_again(pipe: Any, scheduler: Any) -> Iterator[Any]:
+    with plainly(pipe) as twin, _scheduled(twin, scheduler):
+        yield twin

@@ -150,8 +150,8 @@ def _drawn(grid: Grid, what: str, folder: Path | None) -> dict[tuple[int, int], 
     try:
         with one_bar(grid.pipe, len(grid.cells), what) as bar:
             for state, cells in grid.by_state():
-                with state.block(grid.pipe):
-                    now = Now.of(grid.pipe)
+                with state.block(grid.pipe) as pipe:
+                    now = Now.of(pipe)
                     for cell in cells:
                         made[cell.line, cell.column] = _kept(grid, cell, now, folder)
                         bar.update()
@@ -173,11 +173,13 @@ class Now(NamedTuple):
     """A pipe in one state, looked at once for all its cells: a look costs milliseconds.
 
     Attributes:
+        pipe: it, or a copy that is in that state.
         about: what makes its pictures, apart from the call. Versions are left out: they may change in between.
         active: what a row says of it.
         device: where it computes.
     """
 
+    pipe: Any
     about: Mapping[str, Any]
     active: Mapping[str, Any]
     device: torch.device
@@ -189,7 +191,7 @@ class Now(NamedTuple):
         names = ("accelerated", "recipe", "weight", "styles", "lora", "fused")
         said = about["status"] or {"accelerated": False}
         active = {name: said[name] for name in names if name in said} | {"scheduler": about["scheduler"][0]}
-        return cls(about, active, device_of(pipe))
+        return cls(pipe, about, active, device_of(pipe))
 
 
 def _kept(grid: Grid, cell: Wanted, now: Now, folder: Path | None) -> Cell:
@@ -211,10 +213,10 @@ def _draw(grid: Grid, cell: Wanted, now: Now) -> Cell:
     generator = torch.Generator("cpu").manual_seed(cell.seed)
     synchronize(now.device)
     peak, began = PeakMemory(now.device), time.perf_counter()
-    output = grid.pipe(prompt=cell.prompt, generator=generator, **cell.call)
+    output = now.pipe(prompt=cell.prompt, generator=generator, **cell.call)
     synchronize(now.device)
     seconds = time.perf_counter() - began
-    image, ran = picture_of(output), _ran(grid, cell)
+    image, ran = picture_of(output), _ran(now.pipe, grid.takes, cell)
     steps = ran.get(grid.takes.steps or "")
     return Cell(
         image,
@@ -230,9 +232,9 @@ def _draw(grid: Grid, cell: Wanted, now: Now) -> Cell:
     )
 
 
-def _ran(grid: Grid, cell: Wanted) -> dict[str, Any]:
+def _ran(pipe: Any, takes: Parameters, cell: Wanted) -> dict[str, Any]:
     """Steps and guidance as they ran: the pipeline's own defaults, what a strength leaves of them, or clamped."""
-    record, takes = pipe_record_of(grid.pipe), grid.takes
+    record = pipe_record_of(pipe)
     own = [name for name in (takes.steps, takes.guidance) if name]
     given = {name: cell.call.get(name, takes.defaults[name]) for name in own}
     if record is not None:

@@ -44,13 +44,20 @@ class Undo:
         self._steps.append(functools.partial(step, *args))
 
     def roll_back(self) -> None:
-        """Go back as far as possible: a step that raises does not keep the others from running."""
+        """Go back as far as possible: a step that raises does not keep the others from running, and one that Ctrl-C
+        stops is gone again.
+        """
         failed: BaseException | None = None
         while self._steps:
+            step = self._steps[-1]
             try:
-                self._steps.pop()()
+                step()
             except BaseException as error:
+                if isinstance(error, KeyboardInterrupt) and failed is None:
+                    failed = error
+                    continue
                 failed = failed or error
+            self._steps.pop()
         if failed:
             raise failed
 
@@ -226,6 +233,13 @@ def _be(pipe: Any, shell: Shell) -> None:
         pipe.__class__ = shell.cls
     if getattr(pipe, compat.FUSED, None) != shell.fused:  # somebody fused LoRAs of which nothing is left
         setattr(pipe, compat.FUSED, shell.fused)
+
+
+def dress_again(pipe: Any, made: Shell, here: Shell) -> None:
+    """Have a pipe's very scheduler and VAE again, after it was something else for a while."""
+    if (record := pipe_record_of(pipe)) is not None:
+        record.made = made
+        _be(pipe, here)
 
 
 def undress(pipe: Any, record: PipeRecord) -> None:
