@@ -57,6 +57,35 @@ def shell(tmp_path, monkeypatch, model):
 FAST = "-m {pipe} --lora {lcm}"
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("generate rows.csv -m {pipe}", "rows.csv is a file: type --rows rows.csv"),
+        ("generate fox -m {pipe} --style at/ink.safetensors", "such as ink=ink.safetensors:0.8"),
+        ("generate fox -m pocket --vae tinyy", "Is 'tiny' meant?"),
+        ("generate fox -m {pipe} --base sd1.5", "Is 'sd15' meant?"),
+    ],
+)
+def test_what_newcomers_type_is_answered_with_what_they_mean(line, words, shell, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt\nfox\n")
+    shown = shell(line)
+    assert shown.exit_code in (1, 2)
+    assert words in " ".join(shown.stderr.split())
+
+
+def test_the_base_beside_it_has_a_guidance_of_its_own(shell, tmp_path):
+    small = "--size 16x16 --base-steps 1 --lcm-steps 1 --json"
+    for said, guidance in (
+        ("-m pocket", 2.5),
+        ("-m pocket --base-guidance 3", 3.0),
+        (f"{FAST} --base-guidance 4", 4.0),
+    ):
+        rows = json.loads(shell(f"compare fox {said} {small}").stdout)["rows"]
+        assert [row["guidance_scale"] for row in rows] == [guidance, 1.0]
+    rows = json.loads(shell("sweep fox -m pocket --x steps=1 --without --size 16x16 --json").stdout)["rows"]
+    assert rows[0]["guidance_scale"] == 2.5
+
+
 # -- every command ----------------------------------------------------------------------------------------------------
 
 

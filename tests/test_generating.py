@@ -256,7 +256,7 @@ def test_a_bad_row_is_told_and_does_not_stop_the_rest(what, pipe, tmp_path):
     assert sorted(tmp_path.rglob("*.png")) == list(made.files)
     with pytest.raises(DataError, match="row 2: "):
         generate(pipe, rows, tmp_path / "strict", strict=True)
-    assert not list((tmp_path / "strict").iterdir())
+    assert not (tmp_path / "strict").exists()
 
 
 def test_lines_and_pictures_that_cannot_be_read_are_bad_rows(plain, tmp_path):
@@ -288,6 +288,15 @@ def test_rows_that_are_none_are_refused(rows, words, pipe, tmp_path):
         generate(pipe, ["x"], tmp_path / "file" / "out")
     with pytest.raises(DataError, match="batch_size=0"):
         generate(pipe, ["x"], tmp_path, batch_size=0)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(pipe, tmp_path):
+    with pytest.warns(LcmLoraWarning, match="can't be drawn"):
+        generate(pipe, [{"prompt": "x", "steps": 0}], tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="it is a file, and a folder is expected"):
+        generate(pipe, ["x"], tmp_path / "file")
 
 
 def test_tables_and_lines_as_people_have_them(plain, tmp_path):

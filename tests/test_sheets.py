@@ -299,6 +299,13 @@ def test_without_is_the_pipe_as_it_was_at_its_own_steps(fuse, lcm_file, tmp_path
     assert single(pipe) == expected
 
 
+def test_one_number_where_several_are_expected_is_told_how_to_type_it(pipe):
+    with pytest.raises(
+        lcmlora.CallError, match=r"lcm_steps=4: several numbers are expected, such as lcm_steps=\(4,\)"
+    ):
+        lcmlora.compare(pipe, "a fox", lcm_steps=4)
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize(
     "x", [{"accelerated": (False, True)}, {"recipe": ("tcd",)}, {"weight": (0.5,)}, {"styles": ({},)}]

@@ -96,10 +96,31 @@ def test_a_wrong_name_of_an_argument_is_answered_with_the_right_one(given, meant
         lcmlora.accelerate(None, **{given: 1})
 
 
-@pytest.mark.parametrize("verb", [lcmlora.distill, lcmlora.generate])
-def test_every_verb_of_many_arguments_does_so(verb):
-    with pytest.raises(TypeError, match=rf"{verb.__name__} takes no argument 'progess_bar'"):
-        verb(None, progess_bar=1)
+@pytest.mark.parametrize(
+    ("verb", "given", "meant"),
+    [
+        (lcmlora.distill, "progess", r"progress"),
+        (lcmlora.distill, "steps", r"config=DistillConfig\(steps=\.\.\.\)"),
+        (lcmlora.generate, "batchsize", "batch_size"),
+        (lcmlora.generate, "steps", r"call=\{'steps': \.\.\.\}"),
+    ],
+)
+def test_every_verb_of_many_arguments_does_so(verb, given, meant):
+    with pytest.raises(TypeError, match=rf"{verb.__name__} takes no argument '{given}'. Is {meant} meant\?"):
+        verb(None, **{given: 1})
+
+
+NAMED = (
+    lcmlora.accelerate,
+    lambda pipe: lcmlora.generate(pipe, ["x"], "out"),
+    lambda pipe: lcmlora.compare(pipe, "x"),
+)
+
+
+@pytest.mark.parametrize("verb", NAMED)
+def test_a_name_in_a_pipes_place_is_answered_with_load(verb):
+    with pytest.raises(lcmlora.PipelineError, match=r"lcmlora.load\('pocket'\) makes a pipe"):
+        verb("pocket")
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,16 @@ from .vae import Vae
 from .warn import warn
 
 Pipe = TypeVar("Pipe")
+_ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "lora_path": "lora",
+    "lora_scale": "weight",
+}
+"""How diffusers names what `accelerate` sets."""
 
 
-@spelled
+@spelled(_ELSEWHERE)
 def accelerate(
     pipe: Pipe,
     base: str | Unset = UNSET,
@@ -279,7 +286,7 @@ def _warn_of_replaced(pipe: Any, record: PipeRecord) -> None:
         warn("restore takes the VAE out that was set while the pipe was accelerated with another one.")
 
 
-@block_of(accelerate)
+@block_of(accelerate, _ELSEWHERE)
 def accelerated(pipe: Any, *args: Any, **settings: Any) -> Iterator[Any]:
     """`accelerate`, same arguments, for the length of a `with` block; restores also when the block raises.
 
@@ -291,7 +298,8 @@ def accelerated(pipe: Any, *args: Any, **settings: Any) -> Iterator[Any]:
         with alone(pipe):  # two threads don't both find it plain
             if pipe_record_of(pipe) is not None:
                 raise PipelineError(
-                    "this pipe is accelerated already; `with accelerated(pipe)` would not know what to give back."
+                    "this pipe is accelerated already, and `with accelerated(pipe)` would not know what to give back: "
+                    "lcmlora.styled(pipe, styles) changes styles for a block; or lcmlora.restore(pipe) first."
                 )
             mine = True
             accelerate(pipe, *args, **settings)

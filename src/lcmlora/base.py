@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .errors import BaseModelError
+from .errors import BaseModelError, near_match
 from .layers import ModuleIndex, unet_of
 
 
@@ -232,8 +232,12 @@ def by_name(name: str) -> Base:
         BaseModelError: there is none.
     """
     if name not in _registered:
-        known = ", ".join(map(repr, _registered))
-        raise BaseModelError(f"base={name!r} is not known. Give 'auto' or one of {known}, or register your own.")
+        known, near = ", ".join(map(repr, _registered)), near_match(name, _registered)
+        meant = f" Is {near!r} meant?" if near else ""
+        raise BaseModelError(
+            f"base={name!r} is not known.{meant} Give 'auto' or one of {known}, or register your own. A few-step "
+            "LoRA's file is given as lora=."
+        )
     return _registered[name]
 
 

@@ -16,6 +16,7 @@ Each refusal comes before anything was changed.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,6 +58,12 @@ def brief(value: Any) -> str:
 def near_match(name: str, known: Iterable[str]) -> str:
     """The known name that a misspelt one may stand for, or ""."""
     return (difflib.get_close_matches(name, known, 1) or [""])[0]
+
+
+def how_to_load(thing: Any) -> str:
+    """What to type where the name of a model was given in a pipe's place; "" for everything else."""
+    named = isinstance(thing, str | os.PathLike)
+    return f": lcmlora.load({os.fspath(thing)!r}) makes a pipe of a folder, file or repository" if named else ""
 
 
 class LcmLoraWarning(UserWarning):

@@ -200,33 +200,43 @@ def refuse(name: str, owner: str, near: str) -> NoReturn:
     raise TypeError(f"{owner} takes no argument {name!r}.{f' Is {near} meant?' if near else ''}")
 
 
-def spelled(verb: Callable[P, T]) -> Callable[P, T]:
-    """Have a verb say which of its arguments a wrong name may stand for."""
+def spelled(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Have a verb say which of its arguments a wrong name may stand for.
 
-    @functools.wraps(verb)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        _check_spelling(verb.__name__, signature, kwargs)
-        return verb(*args, **kwargs)
+    Args:
+        elsewhere: other names that may be tried, each with what to type in its place.
+    """
 
-    signature = inspect.signature(verb)
-    return called
+    def give(verb: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(verb)
+        def called(*args: P.args, **kwargs: P.kwargs) -> T:
+            _check_spelling(verb.__name__, signature, kwargs, elsewhere)
+            return verb(*args, **kwargs)
+
+        signature = inspect.signature(verb)
+        return called
+
+    return give
 
 
-def _check_spelling(owner: str, signature: inspect.Signature, given: Mapping[str, Any]) -> None:
+def _check_spelling(
+    owner: str, signature: inspect.Signature, given: Mapping[str, Any], elsewhere: Mapping[str, str]
+) -> None:
     for name in given.keys() - signature.parameters.keys():
-        words = [known for known in signature.parameters if known in name.split("_")]  # num_inference_steps: steps
-        refuse(name, owner, words[0] if words else near_match(name, signature.parameters))
+        refuse(name, owner, elsewhere.get(name) or near_match(name, signature.parameters))
 
 
 def block_of(
-    verb: Callable[P, T],
+    verb: Callable[P, T], elsewhere: Mapping[str, str]
 ) -> Callable[[Callable[..., Iterator[Any]]], Callable[P, AbstractContextManager[T]]]:
-    """Make a context manager of a generator that takes the arguments of a verb. Others are refused at the call."""
+    """Make a context manager of a generator that takes the arguments of a verb. Others are refused at the call, as
+    `spelled` does.
+    """
 
     def give(generator: Callable[..., Iterator[Any]]) -> Callable[P, AbstractContextManager[T]]:
         @functools.wraps(generator)
         def block(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-            _check_spelling(generator.__name__, signature, kwargs)
+            _check_spelling(generator.__name__, signature, kwargs, elsewhere)
             signature.bind(*args, **kwargs)
             return contextmanager(generator)(*args, **kwargs)
 

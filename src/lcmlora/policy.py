@@ -21,6 +21,7 @@ from .warn import warn
 
 MAX_STEPS = 50
 """LCMScheduler's `original_inference_steps`: more steps than that it can't place (scheduling_lcm.py, l. 520)."""
+_NOT_BY_NAME = {"seed": "generator=torch.Generator().manual_seed(...)"}
 _NEED_GUIDANCE = {"guidance_rescale", "image_guidance_scale", "editing_prompt", "source_embeds"}
 """Arguments beside `negative_...` and `guidance_scale_...` that do nothing in a call without guidance."""
 
@@ -264,6 +265,7 @@ class Policy:
     def _tell_what_is_lost(self, takes: Parameters, given: dict[str, Any], unguided: bool, pipe: Any) -> None:
         """Warn of arguments that do nothing here, or something else than the caller may think."""
         for name, near in takes.unknown(given):
+            near = _NOT_BY_NAME.get(name, near)
             hint = f" Is {near} meant?" if near else ""
             self._once(name, f"{name}: {takes.owner} names no such argument, so it may have no effect.{hint}")
         for name, value in given.items():

@@ -9,9 +9,10 @@ from torch import nn
 
 from .base import Base
 from .compat import execution_device
-from .errors import BaseModelError, PipelineError, brief
+from .errors import BaseModelError, PipelineError, brief, near_match
 from .lora.sources import HubOptions
 
+_NAMED = ("tiny", "fp16-fix")
 Vae = str | Path | nn.Module | None
 """A VAE: "tiny", "fp16-fix", a repository or folder, a module; None is the pipe's own."""
 
@@ -57,7 +58,9 @@ def load(pipe: Any, own: Any, base: Base | None, vae: Vae, hub: HubOptions) -> n
 
 
 def _source(base: Base | None, vae: str | Path) -> str | Path:
-    if vae not in ("tiny", "fp16-fix"):
+    if vae not in _NAMED:
+        if near := near_match(str(vae), _NAMED):
+            raise PipelineError(f"vae={str(vae)!r} is not known. Is {near!r} meant?")
         return vae
     source = base and (base.tiny_vae if vae == "tiny" else base.fp16_vae)
     if not source:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import secrets
 import tempfile
@@ -104,14 +106,21 @@ def _disk(error: Exception) -> str | None:
 
 
 def require_writable(folder: Path) -> None:
-    """See that files can be written to a folder, which is made.
+    """See that files can be written to a folder. One that is not there is made, and taken away again.
 
     Raises:
         DataError: they can't.
     """
+    new = list(itertools.takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} can't be written to: it is a file, and a folder is expected.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise DataError(f"{folder} can't be written to: {_disk(error)}.") from error
+    finally:
+        with contextlib.suppress(OSError):  # not there, or used by another process already
+            for one in new:
+                one.rmdir()

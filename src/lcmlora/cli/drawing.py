@@ -12,6 +12,8 @@ import click
 from .group import INTERRUPTED, ROWS, Say, command, leave
 from .options import FOLDER, THERE, Call, Model, Seeds, Speed, call_options, model_options, speed_options
 
+_OF_ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+
 
 @command()
 @click.argument("prompts", nargs=-1)
@@ -51,6 +53,8 @@ def generate(
     lcmlora generate "a castle" -m my-model --image sketch.png --strength 0.6
     lcmlora generate --again pictures/a-fox-1.png --out again
     """
+    if files := [prompt for prompt in prompts if Path(prompt).suffix in _OF_ROWS and Path(prompt).is_file()]:
+        raise click.UsageError(f"{files[0]} is a file: type --rows {files[0]} to draw its rows.")
     if sum(map(bool, (prompts, rows, again))) != 1:
         raise click.UsageError("Give prompts, or --rows FILE, or --again PICTURE.")
     _check_said(again, model)

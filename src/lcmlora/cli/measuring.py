@@ -27,6 +27,7 @@ from .options import (
 _SHEET = (
     click.option("--out", type=FOLDER, default="sheets", show_default=True, help="The folder for PNG, JSON and CSV."),
     click.option("--html", type=FILE, help="Also one page with everything in it."),
+    click.option("--base-guidance", type=float, help="Without acceleration; the pipeline's own, 2.5 for pocket."),
     click.option("--seed", type=click.IntRange(0), help="Of every picture."),
     click.option("--title", default="", help="A line above the sheet."),
 )
@@ -70,6 +71,8 @@ def sweep(
     pipe = speed.apply(model.load(say, call.kind), model.local_files_only)
     more = {"seed": sheet["seed"]} if sheet["seed"] is not None else {}
     axes = {"x": dict([x]), "y": dict([y]) if y else None}
+    guidance = model.guidance if sheet["base_guidance"] is None else sheet["base_guidance"]
+    base = without and (True if guidance is None else {"guidance": guidance})
     from ..sheets import sweep
 
     drawn = _called(
@@ -78,7 +81,7 @@ def sweep(
         list(prompts),
         **axes,
         **more,
-        without=without,
+        without=base,
         folder=sheet["out"],
         title=sheet["title"],
         call=call.arguments(),
@@ -120,6 +123,7 @@ def compare(
     if model.local_files_only:
         said["local_files_only"] = True
     given = {"base_steps": base_steps, "lcm_steps": lcm_steps, "seed": sheet["seed"], "recipes": _names(recipes)}
+    given["base_guidance"] = model.guidance if sheet["base_guidance"] is None else sheet["base_guidance"]
     given = {name: value for name, value in given.items() if value is not None}
     from ..sheets import compare
 

@@ -134,6 +134,13 @@ class Model:
                 "Missing option '--model' / '-m': a folder, a repository id, a .safetensors checkpoint, or 'pocket'."
             )
 
+    @property
+    def guidance(self) -> float | None:
+        """That of the model without acceleration, where it is not its pipeline's own."""
+        from ..pocket import GUIDANCE
+
+        return GUIDANCE if str(self.model).split(":")[0] == "pocket" else None
+
     def load(self, say: Say, kind: str | None = None) -> Any:
         """The pipeline; of another kind where one is asked for."""
         self.require()
@@ -223,7 +230,10 @@ def sources(texts: tuple[str, ...]) -> dict[str, Any]:
 
     found = dict(style_of(text, Path.cwd()) for text in texts)
     if odd := [name for name, style in found.items() if not isinstance(style, Style)]:
-        raise click.UsageError(f"--style {odd[0]}: a source is expected, such as {odd[0]}=ink.safetensors:0.8.")
+        name = Path(odd[0]).stem
+        raise click.UsageError(
+            f"--style {odd[0]}: a name and a source are expected, such as {name}={name}.safetensors:0.8."
+        )
     return found
 
 

@@ -160,6 +160,7 @@ class Store:
         """Say what is coming, or refuse it where there is no room."""
         size, there = count * _bytes(entry), sum(file.stat().st_size for file in self.root.rglob("*.safetensors"))
         require_writable(self.root)
+        self.root.mkdir(parents=True, exist_ok=True)
         room = shutil.disk_usage(self.root).free
         logger.info("%d %s to compute: %.1f MB, about %.0f s", count, self.kind, size / 1e6, seconds * mine)
         bar.set_postfix_str(f"{size / 1e6:.0f} MB in all")

@@ -49,7 +49,7 @@ class Probe(NamedTuple):
     expected: torch.Tensor
 
 
-@spelled
+@spelled({name: f"config=DistillConfig({name}=...)" for name in DistillConfig.__dataclass_fields__})
 def distill(
     teacher: Any,
     data: Any,

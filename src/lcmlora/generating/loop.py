@@ -17,7 +17,7 @@ from .. import pictures
 from ..acceleration import as_it_was, set_styles
 from ..calls import plain
 from ..devices import device_of
-from ..errors import CallError, DataError, LcmLoraError, PipelineError, brief
+from ..errors import CallError, DataError, LcmLoraError, PipelineError, brief, how_to_load
 from ..parameters import Parameters, spelled
 from ..progress import one_bar
 from ..sheets.sheet import Sheet
@@ -85,7 +85,7 @@ class Generated:
         }
 
 
-@spelled
+@spelled({"steps": "call={'steps': ...}", "guidance": "call={'guidance': ...}", "seed": "call={'seed': ...}"})
 def generate(
     pipe: Any,
     rows: Iterable[Mapping[str, Any] | str] | str | os.PathLike[str],
@@ -148,7 +148,7 @@ def generate(
 def _check_pipe(pipe: Any) -> None:
     """Refuse what does not draw single pictures from a generator."""
     if not callable(pipe):
-        raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws.")
+        raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws{how_to_load(pipe)}.")
     takes = Parameters.of(plain(type(pipe)), "__call__")
     if "num_frames" in takes.defaults or hasattr(pipe, "motion_adapter"):
         raise PipelineError(

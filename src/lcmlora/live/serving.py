@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-from .. import pocket
 from ..errors import DataError, LcmLoraError
 from .room import Room
 
 HOST = "127.0.0.1"
 _PORTS = range(7860, 7960)
-_PROMPT = "a red fox in the snow"
+_PROMPT, _POCKET = "a red fox in the snow", "a fox on a teal background"
 
 
 def require_gradio() -> None:
@@ -40,7 +39,7 @@ def page(room: Room, prompt: str | None = None) -> Any:
     require_gradio()
     from .web import build
 
-    return build(room, prompt or (pocket.words()["example"][0] if room.of_pocket else _PROMPT))
+    return build(room, prompt or (_POCKET if room.of_pocket else _PROMPT))
 
 
 def free_port(host: str = HOST, port: int | None = None) -> int:

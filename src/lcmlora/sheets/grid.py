@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .. import pictures
 from ..acceleration import accelerate as accelerate_verb
 from ..calls import plain
-from ..errors import CallError, LcmLoraWarning, PipelineError, brief, near_match
+from ..errors import CallError, LcmLoraWarning, PipelineError, brief, how_to_load, near_match
 from ..parameters import Parameters, is_text, refuse, whole
 from ..policy import Policy
 from .axes import STATE, Place, call_of, check_given_once, labelled
@@ -147,7 +147,7 @@ def _takes(pipe: Any, asked: Sequence[Mapping[str, Any]], accelerate: Mapping[st
         PipelineError: the pipe can't be called. TypeError: an argument is nobody's. CallError: one is the sheet's own.
     """
     if not callable(pipe):
-        raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws.")
+        raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws{how_to_load(pipe)}.")
     takes = Parameters.of(plain(type(pipe)), "__call__")
     settings = inspect.signature(accelerate_verb).parameters
     for name in accelerate.keys() - settings.keys():

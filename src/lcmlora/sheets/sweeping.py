@@ -355,8 +355,7 @@ def compare(
 
     Other args, returns and raises: see `sweep`.
     """
-    if "steps" in more:
-        refuse("steps", "compare", "lcm_steps")
+    _check_counts(more, base_steps=base_steps, lcm_steps=lcm_steps)
     guided = {} if base_guidance is None else {"guidance": base_guidance}
     settings = more.get("accelerate") or {}
     columns: dict[str, Mapping[str, Any]] = {}
@@ -375,3 +374,12 @@ def compare(
         columns |= {f"{kind}, {in_steps(n)}": {"accelerated": True, "steps": n} for n in lcm_steps}
     more.setdefault("title", "without and with the LCM-LoRA")
     return sweep(pipe, prompts, columns, **more)
+
+
+def _check_counts(more: Mapping[str, Any], **given: Any) -> None:
+    if "steps" in more:
+        refuse("steps", "compare", "lcm_steps")
+    for name, counts in given.items():
+        if not isinstance(counts, Iterable):
+            one = brief(counts)
+            raise CallError(f"{name}={one}: several numbers are expected, such as {name}=({one},).")

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import base as bases
 from .. import calls, compat
-from ..errors import PipelineError
+from ..errors import PipelineError, how_to_load
 from ..layers import ModuleIndex
 from ..lora.adapters import Adapters
 from ..lora.merge import Lora
@@ -130,9 +130,7 @@ class Snapshot:
 def _check_pipeline(pipe: Any) -> None:
     name = type(pipe).__name__
     if isinstance(pipe, nn.Module) or not (callable(pipe) or hasattr(pipe, "unet")):
-        path = isinstance(pipe, str | Path)
-        how = f": accelerate(lcmlora.load({str(pipe)!r})) loads a folder, file or repository" if path else ""
-        raise PipelineError(f"accelerate takes a diffusers pipeline, not {name}{how}.")
+        raise PipelineError(f"accelerate takes a diffusers pipeline, not {name}{how_to_load(pipe)}.")
     unet = compat.uncompiled(getattr(pipe, "unet", None))
     if isinstance(unet, UNet2DConditionModel | UNetMotionModel):
         return
