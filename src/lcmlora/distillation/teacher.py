@@ -203,7 +203,7 @@ def styled(pipe: Any, styles: Mapping[str, Any]) -> Iterator[list[tuple[Given, f
         Each style's source and weight: what has to go into the distilled file beside the student.
 
     Raises:
-        PipelineError, LoraFileError, LoraMismatchError: a style can't be had, does not fit, or is no plain LoRA of
+        PipelineError, CallError, LoraFileError, LoraMismatchError: a style can't be had, does not fit, or is no plain LoRA of
             the UNet alone.
     """
     if not isinstance(styles, Mapping):
