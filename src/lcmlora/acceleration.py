@@ -395,7 +395,7 @@ class Before(NamedTuple):
             if (self.target.lora, self.target.recipe) != (target.lora, target.recipe):
                 anew.add(self.target.adapter_name)
             sources = {**target.sources, **self.target.sources}
-            move(now, dataclasses.replace(self.target, sources=sources), self.settings, anew)
+            move(now, dataclasses.replace(self.target, sources=sources), self.settings, anew, back=True)
 
 
 @contextmanager
