@@ -200,11 +200,12 @@ def refuse(name: str, owner: str, near: str) -> NoReturn:
     Raises:
         TypeError: always.
     """
-    raise TypeError(f"{owner} takes no argument {name!r}.{meant(name, near)}")
+    hint = meant(name, near) if owner.endswith("'s call") else f" Is {near} meant?" * bool(near)
+    raise TypeError(f"{owner} takes no argument {name!r}.{hint}")
 
 
 def meant(name: str, near: str) -> str:
-    """What to say after an argument that a call does not take: the name that may be meant, or who takes it."""
+    """What to say after an argument that a pipe's call does not take: the name that may be meant, or who takes it."""
     of_pictures = name in (*_STRENGTH, "mask", "mask_image") or _PICTURE.fullmatch(name)
     if of_pictures and "image" not in near:
         return " An image-to-image or inpainting pipeline does: diffusers.AutoPipelineForImage2Image.from_pipe(pipe)."
