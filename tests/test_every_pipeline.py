@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel, UNe
 
 import lcmlora
 from conftest import assert_same, snapshot, write_lora
+from lcmlora.parameters import Parameters
 from tiny_pipelines import (
     SIZE,
     WIDTH,
@@ -297,6 +299,20 @@ def test_runs_in_the_steps_asked_for_and_comes_back(name, fuse, tmp_path):
     assert passes(pipe, **case.call, **strength, num_inference_steps=3) == 3 * case.per_step + case.extra
     lcmlora.restore(pipe)
     assert_same(before, state(pipe, case.theirs))
+
+
+def test_what_calls_look_up_in_their_open_arguments_is_known_and_nothing_else():
+    seen = set()
+    for name, cls in classes().items():
+        takes = Parameters.of(cls, "__call__")
+        text = inspect.getsource(inspect.unwrap(cls.__call__))
+        looked_up = set(re.findall(r'\bkwargs(?:\.pop\(|\.get\(|\[)"(\w+)"', text))
+        assert [*takes.unknown({*looked_up, *takes.defaults})] == []
+        seen |= looked_up
+        if takes.open and name not in OUT_OF_REACH:
+            other = {"image", "mask_image", "control_image", "strength", "video", "prompt_3"} - takes.defaults.keys()
+            assert {key for key, _ in takes.unknown(other)} == other
+    assert seen >= {"callback", "callback_steps"}
 
 
 @pytest.mark.parametrize("name", REFUSED)

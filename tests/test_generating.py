@@ -240,6 +240,8 @@ BAD = {
     "style alone": ({"styles": "paper"}, "style 'paper' is not known here"),
     "style file": ({"styles": {"paper": "none.safetensors"}}, "none.safetensors"),
     "picture": ({"image": "none.png"}, "no 'image'"),
+    "picture in memory": ({"image": picture()}, "no 'image'.*AutoPipelineForImage2Image"),
+    "number as text": ({"styles": {"paper": "0.5"}}, "Is the number 0.5 meant, a weight"),
 }
 
 
@@ -257,6 +259,23 @@ def test_a_bad_row_is_told_and_does_not_stop_the_rest(what, pipe, tmp_path):
     with pytest.raises(DataError, match="row 2: "):
         generate(pipe, rows, tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()
+
+
+def test_a_style_that_is_off_wants_a_weight_and_what_status_gives_is_taken(plain, tmp_path, model):
+    plain.load_lora_weights(str(model), weight_name="chalk.safetensors", adapter_name="own")
+    plain.set_adapters("own", {"unet": {"down": 0.3, "up": 1.0}})
+    styles = {"3d": Style(model / "ink.safetensors", 0)}
+    pipe = lcmlora.accelerate(plain, lora=model / "lcm.safetensors")
+    there = status(pipe).styles
+    lcmlora.set_styles(pipe, {**there, **styles})
+    with pytest.warns(LcmLoraWarning, match="style '3d' is off here: give its weight, 3d:0.8"):
+        made = generate(pipe, [{"prompt": "a fox", "styles": "3d"}], tmp_path / "off")
+    assert [one.refused for one in made.failed] == [True]
+    rows = [{"prompt": "a fox", "styles": given} for given in (dict(there), "own", "own:0.3", "3d:0.5,own")]
+    made = generate(pipe, rows, tmp_path / "rows", styles=there)
+    assert [pictures.record_of(file)["status"]["styles"] for file in made.files] == [
+        json.loads(json.dumps(one)) for one in (there, there, {"own": 0.3}, {"3d": 0.5, **there})
+    ]
 
 
 def test_lines_and_pictures_that_cannot_be_read_are_bad_rows(plain, tmp_path):
@@ -513,6 +532,14 @@ def test_a_picture_again_from_its_own_png(plain, tmp_path, model):
         found = snapshot(plain)
         assert again(file, plain).tobytes() == image
         assert_same(found, snapshot(plain))
+
+
+def test_again_trusts_the_file_of_the_record_whatever_its_name_says(plain, tmp_path, model):
+    file = tiny_lora(plain, tmp_path / "acme-lightning-2step.safetensors")
+    with pytest.warns(LcmLoraWarning, match="is driven as"):
+        lcmlora.accelerate(plain, lora=file)
+    made = generate(plain, ["a fox"], tmp_path / "out")
+    again(made.files[0], lcmlora.restore(plain))  # warnings are errors here
 
 
 def test_again_says_what_is_missing(pipe, plain, tmp_path, model):

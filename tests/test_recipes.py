@@ -447,14 +447,21 @@ def test_layers_outside_of_lcms_are_merged_and_given_back(fuse, tmp_path):
     assert_same(before, snapshot(pipe))
 
 
-def test_a_base_without_a_file_of_the_recipe_says_what_there_is(tiny):
+def test_a_base_without_a_file_of_the_recipe_says_what_there_is(tiny, files):
+    here = {"tiny": lcmlora.LoraSource(str(files["few"]))}
     lcmlora.register(lcmlora.Base("tiny", "Tiny", 32, (8, 16), 79))
     try:
         with pytest.raises(lcmlora.BaseModelError, match=r"'tiny' has no Lightning LoRA \(4 steps\); pass lora="):
             lcmlora.accelerate(tiny, recipe="lightning-4")
+        with pytest.raises(lcmlora.BaseModelError, match=r"LoraSource\(file\), recipe='lcm', base='tiny'\)"):
+            lcmlora.accelerate(tiny)
+        lcmlora.register(dataclasses.replace(table.LCM, name="acme-2", title="an Acme LoRA", loras=here))
+        with pytest.raises(lcmlora.BaseModelError, match=r"It has files for recipes 'acme-2': pass recipe="):
+            lcmlora.accelerate(tiny)
         with pytest.raises(lcmlora.BaseModelError, match=r"no TDD LoRA.*It has files for recipes 'lcm'.*'hyper-4'"):
             plan.lcm_source(registry.by_name("sd15"), table.by_name("tdd"), Source.of(None))
     finally:
+        lcmlora.unregister("acme-2")
         lcmlora.unregister("tiny")
 
 
@@ -522,13 +529,27 @@ def test_a_sibling_of_another_recipe_says_so_and_follows(tiny, files):
     sibling = type(tiny)(**tiny.components, requires_safety_checker=False)
     for pipe in (tiny, sibling):
         lcmlora.accelerate(pipe, lora=files["few"])
-    lcmlora.accelerate(tiny, recipe="tcd", lora=files["few"])
+    with pytest.warns(lcmlora.LcmLoraWarning, match=r"another accelerated pipe, a Stable.*'tcd'.*in place of .*'lcm'"):
+        lcmlora.accelerate(tiny, recipe="tcd", lora=files["few"])
     sibling.set_progress_bar_config(disable=True)
     with pytest.warns(lcmlora.LcmLoraWarning, match="given recipe 'tcd' through another pipe"):
         call_of(sibling)
     lcmlora.accelerate(sibling)
     assert type(sibling.scheduler) is TCDScheduler
     call_of(sibling)
+
+
+def test_another_file_under_a_sibling_is_told_to_who_gives_it(tiny, files, tmp_path):
+    sibling = type(tiny)(**tiny.components, requires_safety_checker=False)
+    for pipe in (tiny, sibling, tiny):
+        lcmlora.accelerate(pipe, lora=files["few"])  # the same again
+    copied = tmp_path / "other.safetensors"
+    copied.write_bytes(files["few"].read_bytes())
+    with pytest.warns(lcmlora.LcmLoraWarning, match=r"gets \S*other.safetensors \(recipe 'lcm'\) with it"):
+        lcmlora.accelerate(sibling, lora=copied)
+    assert lcmlora.status(tiny).lora == str(copied)
+    lcmlora.restore(sibling)
+    lcmlora.accelerate(tiny, lora=files["few"])  # nobody else's any more
 
 
 def test_a_recipe_of_ones_own(tiny, files):
@@ -556,6 +577,14 @@ def test_a_new_file_for_a_known_recipe(tiny, files, monkeypatch):
     monkeypatch.setattr(table, "_registered", dict(table._registered))
     lcmlora.register(lcmlora.Base("tiny", "Tiny", 32, (8, 16), 79))
     try:
+        lcmlora.register(lcmlora.LoraSource(str(files["few"]), weight=0.6), recipe="hyper-8", base="tiny")
+        lcmlora.accelerate(tiny, recipe="hyper-8")
+        lcmlora.restore(tiny)
+        named = files["sdxl_lightning_4step_lora"]
+        with pytest.warns(lcmlora.LcmLoraWarning, match="its name says lightning"):
+            lcmlora.restore(lcmlora.accelerate(tiny, recipe="hyper-8", lora=named))
+        lcmlora.register(lcmlora.LoraSource(str(named)), recipe="hyper-8", base="tiny")
+        lcmlora.restore(lcmlora.accelerate(tiny, recipe="hyper-8", lora=named))  # the one that is registered
         lcmlora.register(lcmlora.LoraSource(str(files["few"]), weight=0.6), recipe="hyper-8", base="tiny")
         lcmlora.accelerate(tiny, recipe="hyper-8")
         status = lcmlora.status(tiny)

@@ -91,6 +91,8 @@ def test_compare_gives_the_pipe_back(lcm_file):
         (lambda pipe: lcmlora.compare(pipe, "x", call={"heigth": 16}), r"'heigth'. Is height meant\?"),
         (lambda pipe: lcmlora.compare(pipe, "x", accelerate={"stpes": 4}), r"'stpes'. Is steps meant\?"),
         (lambda pipe: lcmlora.sweep_steps(pipe, "x", stpes=(1,)), r"call takes no argument 'stpes'."),
+        (lambda pipe: lcmlora.sweep_steps(pipe, "x", call={"image": 1}), r"no argument 'image'.*Image2Image"),
+        (lambda pipe: lcmlora.generate(pipe, [], "out", image=1), r"generate takes no argument 'image'\.$"),
         (lambda pipe: lcmlora.sweep_guidance(pipe, "x", num_infernce_steps=1), "Is num_inference_steps meant"),
         (lambda pipe: sheets.sweep(pipe, "x", {"a": {}, "b": {"hight": 16}}), r"'hight'. Is height meant\?"),
     ],

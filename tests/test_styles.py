@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -143,21 +145,50 @@ def test_a_swap_that_fails_changes_nothing(fuse, files, monkeypatch):
 
 def test_bad_changes_are_refused_in_words(files, tmp_path):
     pipe = sd_pipe()
+    pipe.load_lora_weights(str(files["b"].parent), weight_name="b.safetensors", adapter_name="own")
+    pipe.set_adapters(["own"], [0.5])
     with pytest.raises(lcmlora.PipelineError, match="accelerate"):
         lcmlora.set_styles(pipe, {})
-    lcmlora.accelerate(pipe, lora=files["lcm"], styles={"a": files["a"]})
+    lcmlora.accelerate(pipe, lora=files["lcm"], styles={"own": 0.5, "a": files["a"]})
     before = snapshot(pipe)
     cases = [
-        ({"z": 0.5}, lcmlora.PipelineError, r"no style 'z'; those that are there: \['a'\]"),
-        ({"lcmlora_lcm": files["b"]}, lcmlora.PipelineError, "'lcmlora_lcm' can't be used"),
+        ({"z": 0.5}, lcmlora.PipelineError, r"no style 'z'; those that are there: \['a', 'own'\]"),
+        ({"lcmlora_lcm": files["b"]}, lcmlora.PipelineError, "can't be used: it is the few-step LoRA's own"),
+        ({"own": files["b"]}, lcmlora.PipelineError, r"can't be used: the pipe has an adapter of that.*{'own': 0.8}"),
+        ({"": files["b"]}, lcmlora.PipelineError, "can't be used: it is empty"),
+        ({1: files["b"]}, lcmlora.PipelineError, "1 can't be used: a string is expected"),
+        ({"a.b": files["b"]}, lcmlora.PipelineError, "can't be used: PEFT takes no dot"),
+        ({"train": files["b"]}, lcmlora.PipelineError, "can't be used: torch"),
+        ({"own": {"unet": (0.1, 0.2)}}, lcmlora.PipelineError, r"not the one that is there \(0.5\): one number"),
+        ({"a": "0.5"}, lcmlora.LoraFileError, "Is the number 0.5 meant, a weight"),
         ({"c": tmp_path / "none.safetensors"}, lcmlora.LoraFileError, "no file"),
-        ({"a": float("inf")}, lcmlora.LoraFileError, "no number"),
+        ({"a": float("inf")}, lcmlora.CallError, "no number"),
         ({"lcmlora_lcm": 0.5}, lcmlora.PipelineError, "no style"),
     ]
     for styles, error, words in cases:
         with pytest.raises(error, match=words):
             lcmlora.set_styles(pipe, styles)
         assert_same(before, snapshot(pipe))
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
+def test_what_status_says_of_the_styles_can_be_given_back(fuse, files):
+    pipe = sd_pipe()
+    pipe.load_lora_weights(str(files["a"].parent), weight_name="a.safetensors", adapter_name="own")
+    pipe.set_adapters("own", {"unet": {"down": 0.3, "up": 1.0}})
+    found = lcmlora.status(pipe).styles
+    assert found == {"own": {"unet": (0.3, 1.0)}}
+    lcmlora.accelerate(pipe, lora=files["lcm"], styles=found, fuse=fuse)
+    with_own = weights(pipe)
+    lcmlora.set_styles(pipe, {**found, "b": Style(files["b"], 0.5)})
+    both = lcmlora.status(pipe).styles
+    assert both == {**found, "b": 0.5}
+    for other in ({}, {"own": 0.4}, both, found):
+        lcmlora.set_styles(pipe, other)
+        lcmlora.set_styles(pipe, json.loads(json.dumps(found)))  # lists for tuples
+        assert lcmlora.status(pipe).styles == found
+        if fuse:
+            assert_equal(weights(pipe), with_own)
 
 
 def test_without_originals_styles_stay_as_they_are(files):

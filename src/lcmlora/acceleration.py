@@ -17,6 +17,7 @@ from .lora.sources import Given, HubOptions, Source
 from .moving import move, plan_for, require_originals
 from .parameters import as_weight, block_of, spelled
 from .policy import Policy
+from .state import by_style, status
 from .transition import transaction
 from .transition.records import (
     Gate,
@@ -28,7 +29,7 @@ from .transition.records import (
     pipe_record_of,
 )
 from .transition.snapshot import COMPONENTS, Component, Snapshot
-from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, with_styles
+from .transition.target import UNSET, Fuse, PipeSettings, Styles, Target, Unset, is_strength, with_styles
 from .transition.verification import (
     check_way_back,
     warn_of_lost_adapters,
@@ -131,7 +132,7 @@ def accelerate(
         BaseModelError: the base is unknown, has no LCM-LoRA, or is not the one named.
         LoraFileError: a LoRA is not there, not safetensors, damaged, or no LoRA.
         LoraMismatchError: a LoRA is made for another UNet.
-        CallError: steps or guidance are outside what works.
+        CallError: steps, guidance or a weight are outside what works.
     """
     wish = {name: value for name, value in locals().items() if name != "pipe"}
     with alone(pipe):
@@ -160,7 +161,7 @@ def _wanted(now: Snapshot, wish: Mapping[str, Any]) -> tuple[Target, PipeSetting
     if (styles := wish["styles"]) is not UNSET:
         anew |= _given_sources(styles)
         found: dict[str, None] = dict.fromkeys(_found(now))
-        target = with_styles(target, styles or {}, _known(now), found)
+        target = with_styles(target, _as_kept(now, styles or {}), _known(now), found)
     elif target != before:  # what somebody loaded meanwhile stays on
         late = {name: None for name in _late(now) if name not in target.styles}
         target = dataclasses.replace(target, styles={**target.styles, **late})
@@ -199,13 +200,14 @@ def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
         pipe: an accelerated pipe; its siblings that share the UNet change with it.
         styles: all the styles wanted. name -> a weight, for a style that is known (loaded before `accelerate`, or
             given once to lcmlora); name -> source or `Style`, for a new one. Styles that are not named are off; an
-            empty dict turns all off.
+            empty dict turns all off. What `status(pipe).styles` gives can be given back.
 
     Returns:
         The same pipe.
 
     Raises:
         PipelineError: the pipe is not accelerated, its originals were not kept, or a name can't be used.
+        CallError: a weight can't be used.
         LoraFileError: as for `accelerate`. Nothing is changed then.
         LoraMismatchError: as for `accelerate`. Nothing is changed then.
     """
@@ -214,7 +216,7 @@ def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
         if record is None:
             raise PipelineError("set_styles changes an accelerated pipe; lcmlora.accelerate(pipe, styles=...) first.")
         now = Snapshot.of(pipe)
-        target = with_styles(_target(now), styles, _known(now), {})
+        target = with_styles(_target(now), _as_kept(now, styles), _known(now), {})
         move(now, target, record.settings, _given_sources(styles))
     return pipe
 
@@ -226,15 +228,17 @@ def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
     anything is touched it verifies that the way back is exact.
 
     Args:
-        pipe: an accelerated pipe.
+        pipe: an accelerated pipe; or one that was not accelerated itself, where the pipes that were, around the same
+            UNet, are all gone (garbage-collected, not restored) and left it merged.
         force: give back what can be given back where the way back is not exact, and warn of the rest.
 
     Returns:
         The same pipe.
 
     Raises:
-        PipelineError: the pipe is not accelerated, its originals were not kept (keep=None), or somebody changed the
-            weights so that the way back is not exact (`force=True` goes it nevertheless).
+        PipelineError: there is nothing to restore (neither the pipe is accelerated, nor its UNet by pipes that are
+            all gone), the originals were not kept (keep=None), or somebody changed the weights so that the way back is
+            not exact (`force=True` goes it nevertheless).
     """
     with alone(pipe):
         record = pipe_record_of(pipe)
@@ -343,7 +347,7 @@ def as_it_was(pipe: Any) -> Iterator[None]:
         mine = pipe_record_of(pipe)
         if before is None and mine is not None:
             restore(pipe)
-        elif before is not None and record is not None and mine is not None and mine.unet is record.unet:
+        elif before is not None and record is not None and mine is not None and mine.unet.module is record.unet.module:
             before.again(pipe)
 
     try:
@@ -389,7 +393,7 @@ class Before(NamedTuple):
             if (self.target.lora, self.target.recipe) != (target.lora, target.recipe):
                 anew.add(self.target.adapter_name)
             sources = {**target.sources, **self.target.sources}
-            move(now, dataclasses.replace(self.target, sources=sources), self.settings, anew)
+            move(now, dataclasses.replace(self.target, sources=sources), self.settings, anew, back=True)
             transaction.dress_again(pipe, self.made, self.here)
 
 
@@ -440,4 +444,25 @@ def _known(now: Snapshot) -> dict[str, Source | None]:
 def _given_sources(styles: Any) -> set[str]:
     """The styles that a call gives a source for, and not a weight."""
     given = styles.items() if isinstance(styles, Mapping) else ()
-    return {name for name, wanted in given if as_weight(wanted) is None}
+    return {name for name, wanted in given if as_weight(wanted) is None and not is_strength(wanted)}
+
+
+def _as_kept(now: Snapshot, styles: Any) -> Any:
+    """Styles as the caller gave them; what `status` gives by component stands for the style as it was found.
+
+    Raises:
+        PipelineError: it is neither what is there nor what was found.
+    """
+    given = {name: w for name, w in styles.items() if is_strength(w)} if isinstance(styles, Mapping) else {}
+    if not given:
+        return styles
+    found = by_style({name: component.found.ranges for name, component in now.components.items()})
+    there = status(now.pipe).styles
+    for name, strength in given.items():
+        limits = {component: tuple(pair) for component, pair in strength.items()}
+        if limits not in (found.get(name), there.get(name)):
+            raise PipelineError(
+                f"style {name!r}: {limits} is a weight by component as status gives it, and not the one that is there "
+                f"({there.get(name, found.get(name))}): one number is expected."
+            )
+    return {**styles, **dict.fromkeys(given, UNSET)}

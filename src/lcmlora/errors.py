@@ -5,7 +5,7 @@
      ├─ BaseModelError     the base is unknown, unsupported, or not the one that was named
      ├─ LoraFileError      the LoRA can't be found, or is not a LoRA file that can be read safely
      ├─ LoraMismatchError  the LoRA is a good file, but made for another UNet
-     ├─ CallError          an accelerated pipe was called with arguments that can't work
+     ├─ CallError          steps, guidance, a weight or another argument of a call that can't work
      └─ DataError          pictures, texts, settings or files that can't be read, trained on or written
 
     LcmLoraWarning         something works, but not as the caller may expect
@@ -42,7 +42,7 @@ class LoraMismatchError(LcmLoraError):
 
 
 class CallError(LcmLoraError, ValueError):
-    """An accelerated pipe was called with arguments that can't work."""
+    """Steps, guidance, a weight or another argument of a call that can't work."""
 
 
 class DataError(LcmLoraError):

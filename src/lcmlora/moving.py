@@ -50,6 +50,7 @@ def move(
     anew: Collection[str],
     said: bool = True,
     policy: Mapping[str, Any] = _NOTHING,
+    back: bool = False,
 ) -> None:
     """Bring a pipe and its models to what they shall be, all or nothing.
 
@@ -60,6 +61,7 @@ def move(
         anew: the names of the LoRAs whose sources were given just now.
         said: whether styles or weights were said: then what others did to them meanwhile is undone.
         policy: what the caller says of the policy; where the recipe changes, the rest is the recipe's.
+        back: whether this is the way back to what was, of which nobody needs to be told.
 
     Raises:
         PipelineError, BaseModelError, LoraFileError, LoraMismatchError, CallError: see `lcmlora.accelerate`.
@@ -79,6 +81,8 @@ def move(
     gone = _left_behind(now)
     for component in gone:
         check_way_back(component, "give the replaced model back")
+    if applied is not None and not back:
+        _tell_of_siblings(now, applied, plan.applied)
     with Undo() as undo:
         modules = {name: transaction.record_for(component, undo) for name, component in now.components.items()}
         for name, content in changes.items():
@@ -96,6 +100,19 @@ def move(
     for module in record.modules.values() if record is not None else ():
         if module not in modules.values():  # the pipe has another model now
             module.pipes.discard(now.pipe)
+
+
+def _tell_of_siblings(now: Snapshot, before: Applied, after: Applied) -> None:
+    """Warn where other pipes get another few-step LoRA, as they share the UNet."""
+    assert now.unet.record is not None, "what was applied stands there"
+    others = [type(other).__name__ for other in now.unet.record.pipes if other is not now.pipe]
+    was, gets = (f"{one.lcm.label} (recipe {one.recipe.name!r})" for one in (before, after))
+    same_file = (before.lcm.file.stamp, before.lcm.file.tensors) == (after.lcm.file.stamp, after.lcm.file.tensors)
+    if others and not (same_file and before.recipe.name == after.recipe.name):
+        warn(
+            f"another accelerated pipe, a {others[0]}, shares this one's UNet and gets {gets} with it, in place of "
+            f"{was}: pipe.unet = copy.deepcopy(pipe.unet) before accelerate keeps them apart."
+        )
 
 
 def plan_for(now: Snapshot, target: Target, anew: Collection[str]) -> Plan:

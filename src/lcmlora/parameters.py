@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -45,7 +46,8 @@ class Parameters:
         places: where those stand that may be given by position.
         defaults: every one's default, `inspect.Parameter.empty` where it must be given.
         open: whether arguments of any other name are taken.
-        read: strings in the code of the class. Names that it looks up in its `**kwargs` are among them.
+        read: where arguments of any other name are taken, those that it looks up in its `**kwargs`; where these go on
+            to something else, every string in the code of the class.
         steps, guidance, strength: their names here, None where there is none.
         more_guidance: further arguments that are classifier-free guidance.
         pictures: what a strength counts for, where one of them is given.
@@ -75,13 +77,14 @@ class Parameters:
         by_place = [p.name for p in first if p.kind not in (*_VARIADIC, p.KEYWORD_ONLY)]
         guidance = _first(_GUIDANCE, found)
         more = [key for key in found if key != guidance and (key in _GUIDANCE or _MORE_GUIDANCE.fullmatch(key))]
+        is_open = inspect.Parameter.VAR_KEYWORD in kinds[-1]
         other_strength = pipeline.__name__ in _STRENGTH_OF_ANOTHER_KIND
         return cls(
             owner=pipeline.__name__,
             places={key: place for place, key in enumerate(by_place)},
             defaults={key: parameter.default for key, parameter in found.items()},
-            open=inspect.Parameter.VAR_KEYWORD in kinds[-1],
-            read=_strings(pipeline),
+            open=is_open,
+            read=_read(pipeline, functions) if is_open else frozenset(),
             steps=_first(_STEPS, found),
             guidance=guidance,
             strength=None if other_strength else _first(_STRENGTH, found),
@@ -155,7 +158,7 @@ class Parameters:
 
         `also`: names that the caller understands beside the method's.
         """
-        for name in sorted(set(given) - self.defaults.keys() - (self.read if self.open else set())):
+        for name in sorted(set(given) - self.defaults.keys() - self.read):
             near = [key for key in (self.steps, self.guidance) if key and name in key]
             yield name, near[0] if near else near_match(name, (*also, *self.defaults))
 
@@ -197,7 +200,16 @@ def refuse(name: str, owner: str, near: str) -> NoReturn:
     Raises:
         TypeError: always.
     """
-    raise TypeError(f"{owner} takes no argument {name!r}.{f' Is {near} meant?' if near else ''}")
+    hint = meant(name, near) if owner.endswith("'s call") else f" Is {near} meant?" * bool(near)
+    raise TypeError(f"{owner} takes no argument {name!r}.{hint}")
+
+
+def meant(name: str, near: str) -> str:
+    """What to say after an argument that a pipe's call does not take: the name that may be meant, or who takes it."""
+    of_pictures = name in (*_STRENGTH, "mask", "mask_image") or _PICTURE.fullmatch(name)
+    if of_pictures and "image" not in near:
+        return " An image-to-image or inpainting pipeline does: diffusers.AutoPipelineForImage2Image.from_pipe(pipe)."
+    return f" Is {near} meant?" if near else ""
 
 
 def spelled(elsewhere: Mapping[str, str]) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -269,6 +281,43 @@ def _chain(pipeline: type, name: str) -> list[Any]:
 def code_of(function: Any) -> Any:
     """The code of a function, decorators seen through."""
     return inspect.unwrap(function).__code__
+
+
+def _read(pipeline: type, functions: Iterable[Any]) -> frozenset[str]:
+    """The names that functions look up in their `**kwargs`. Where one hands these on, all that its class may know."""
+    found = [_looked_up(inspect.unwrap(function)) for function in functions]
+    return _strings(pipeline) if None in found else frozenset().union(*(names for names in found if names))
+
+
+@functools.lru_cache(maxsize=256)
+def _looked_up(function: Any) -> frozenset[str] | None:
+    """The names that a function looks up in its `**kwargs`, by its source; None where that can't be told."""
+    try:
+        source = inspect.getsource(function)
+        tree = ast.parse(f"if 1:\n{source}" if source[:1].isspace() else source)
+    except (OSError, TypeError, SyntaxError):
+        return None
+    kinds = inspect.signature(function).parameters.values()
+    kwargs = next((parameter.name for parameter in kinds if parameter.kind is parameter.VAR_KEYWORD), None)
+    above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == kwargs]
+    found = [_key_of(use, above, function.__name__) for use in uses]
+    return None if None in found else frozenset(name for name in found if name)
+
+
+def _key_of(use: ast.Name, above: Mapping[ast.AST, ast.AST], method: str) -> str | None:
+    """The name that `kwargs` is asked for in one place; "" where it goes to the same method of the class above."""
+    node = above[use]
+    match node, above[node]:
+        case ast.Attribute(attr="pop" | "get" | "setdefault"), ast.Call(args=[ast.Constant(str(name)), *_]):
+            return name
+        case ast.Subscript(slice=ast.Constant(str(name))), _:
+            return name
+        case ast.Compare(left=ast.Constant(str(name)), ops=[ast.In() | ast.NotIn()]), _:
+            return name
+        case ast.keyword(arg=None), ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name("super")), attr=called)):
+            return "" if called == method else None
+    return None
 
 
 def _strings(pipeline: type) -> frozenset[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .errors import CallError
-from .parameters import Parameters, is_split
+from .parameters import Parameters, is_split, meant
 from .recipe import LCM, Recipe
 from .warn import warn
 
@@ -265,9 +265,8 @@ class Policy:
     def _tell_what_is_lost(self, takes: Parameters, given: dict[str, Any], unguided: bool, pipe: Any) -> None:
         """Warn of arguments that do nothing here, or something else than the caller may think."""
         for name, near in takes.unknown(given):
-            near = _NOT_BY_NAME.get(name, near)
-            hint = f" Is {near} meant?" if near else ""
-            self._once(name, f"{name}: {takes.owner} names no such argument, so it may have no effect.{hint}")
+            words = f"{takes.owner} names no such argument, so it may have no effect."
+            self._once(name, f"{name}: {words}{meant(name, _NOT_BY_NAME.get(name, near))}")
         for name, value in given.items():
             if name == "eta" and "eta" not in inspect.signature(type(pipe.scheduler).step).parameters:
                 message = f"eta has no effect: {type(pipe.scheduler).__name__} takes none."

@@ -15,9 +15,7 @@ from .lora.merge import weight_in
 from .policy import Policy
 from .transition.records import Applied, ModuleRecord, module_record_of, pipe_record_of
 from .transition.snapshot import COMPONENTS
-
-Strength = float | Mapping[str, tuple[float, float]]
-"""A style's weight; where it is not the same everywhere, the least and the greatest of each component."""
+from .transition.target import Strength
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,7 @@ def status(pipe: Any) -> Status:
     models["unet"] = unet
     active = {name: _weights(model) for name, model in models.items()}
     lcm = applied.target.adapter_name if applied else None
-    counts = _by_style(active)
+    counts = by_style(active)
     fused = bool(record and record.content.merged)
     policy = mine.settings.policy if mine else None
     return Status(
@@ -97,7 +95,7 @@ def status(pipe: Any) -> Status:
         weight=next((low for name, (low, _) in active["unet"].items() if name == lcm), None),
         fused=fused,
         styles={name: weight for name, weight in counts.items() if name != lcm},
-        adapters=_by_style({"unet": _adapters(unet)}),
+        adapters=by_style({"unet": _adapters(unet)}),
         scheduler=type(getattr(pipe, "scheduler", None)).__name__,
         steps=policy.steps if policy else None,
         guidance=policy.guidance if policy else None,
@@ -137,11 +135,10 @@ def _merged(record: ModuleRecord) -> dict[str, Range]:
 
 
 def _adapters(model: nn.Module) -> dict[str, Range]:
-    loras = Adapters(ModuleIndex.of(model)).loras
-    return {n: (min(x.found.values()), max(x.found.values())) for n, x in loras.items() if any(x.found.values())}
+    return Adapters(ModuleIndex.of(model)).ranges
 
 
-def _by_style(active: Mapping[str, Mapping[str, Range]]) -> dict[str, Strength]:
+def by_style(active: Mapping[str, Mapping[str, Range]]) -> dict[str, Strength]:
     """One number for each style, where it is the same everywhere."""
     found: dict[str, dict[str, Range]] = {}
     for component, ranges in active.items():

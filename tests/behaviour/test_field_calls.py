@@ -28,6 +28,7 @@ from PIL import Image
 import lcmlora
 from conftest import sd_pipe, sdxl_pipe, write_lora
 from lcmlora.calls import Hooks, governed
+from lcmlora.parameters import Parameters
 from lcmlora.policy import Policy
 from lcmlora.warn import warn
 
@@ -557,6 +558,62 @@ def test_C7_an_unknown_argument_is_told_once_with_the_name_that_is_meant(fast, c
 
 def test_C7_names_that_a_pipeline_looks_up_are_known(fast):
     assert silently(fast(), **SMALL, callback=None, callback_steps=None) == [1] * 4
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["image", "mask_image", "strength"])
+@pytest.mark.parametrize("cls", [StableDiffusionPipeline, StableDiffusionXLPipeline])
+def test_C7_a_picture_given_to_text_to_image_is_told(fast, cls, name, strict):
+    pipe = lcmlora.accelerate(fast(cls), strict=strict)
+    _, messages = told(pipe, **SMALL, **{name: 0.5 if name == "strength" else Image.new("RGB", (16, 16))})
+    assert len(messages) == 1
+    assert messages[0].startswith(f"{name}: {cls.__name__} names no such argument")
+    assert "AutoPipelineForImage2Image" in messages[0]
+
+
+class LooksUp(StableDiffusionPipeline):
+    def __call__(self, prompt=None, num_inference_steps=50, **kwargs):
+        """The names in this text are no arguments: kwargs["documented"]
+        and text at the margin is none of the code."""
+        popped, got = kwargs.pop("popped", None), kwargs.get("got")
+        one = kwargs["one"] if "asked" in kwargs and "denied" not in kwargs else None
+        kwargs.setdefault("set", (popped, got, one))
+        return super().__call__(prompt, num_inference_steps=num_inference_steps, **kwargs)
+
+    def elsewhere(self, other, **kwargs):
+        return kwargs.pop("in_another_method")
+
+
+class HandsOn(LooksUp):
+    def __call__(self, prompt=None, num_inference_steps=50, **kwargs):
+        return self.elsewhere(prompt, **kwargs)
+
+
+class Loops(LooksUp):
+    def __call__(self, prompt=None, num_inference_steps=50, **kwargs):
+        return [kwargs.pop(name) for name in ("looped",)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "unknown"),
+    [
+        (LooksUp, {"documented", "other", "in_another_method", "zzz"}),
+        (HandsOn, {"documented", "zzz"}),  # whatever a method or a text of the class names may be meant
+        (Loops, {"documented", "zzz"}),
+    ],
+)
+def test_C7_what_a_call_looks_up_in_its_open_arguments_is_known(cls, unknown):
+    takes = Parameters.of(cls, "__call__")
+    looked_up = {"looped"} if cls is Loops else {"popped", "got", "one", "asked", "denied", "set", "callback"}
+    above = {"negative_prompt", "guidance_scale"}
+    others = {"documented", "other", "in_another_method", "zzz"}
+    assert {name for name, _ in takes.unknown({*looked_up, *above, *others})} == unknown
+
+
+def test_C7_without_its_source_a_class_is_trusted():
+    space: dict = {"Above": StableDiffusionPipeline}
+    exec("class Typed(Above):\n    def __call__(self, steps=4, **kwargs):\n        return kwargs.pop('a'), 'b'", space)
+    assert {name for name, _ in Parameters.of(space["Typed"], "__call__").unknown(["a", "b", "zzz"])} == {"zzz"}
 
 
 def test_C7_arguments_handed_on_to_the_class_above_are_known(fast):

@@ -777,5 +777,12 @@ def test_B10_styled_gives_back_the_styles_also_when_the_block_raises(lcm, ink):
         assert lcmlora.status(pipe).styles == pytest.approx({"ink": 0.9, "b": 0.1})
         raise ZeroDivisionError
     assert torch.equal(passed(pipe), expected)
+    with lcmlora.styled(pipe, {"ink": 0.9}):
+        lcmlora.accelerate(pipe, steps=6, weight=0.5, styles={"b": Style(ink, 0.1)})
+    assert torch.equal(passed(pipe), expected)
+    assert lcmlora.status(pipe).steps == 4
+    with lcmlora.styled(pipe, {"ink": 0.9}):
+        lcmlora.compare(pipe, "a fox", base_steps=(1,), lcm_steps=(1,))  # restores, and accelerates again
+    assert torch.equal(passed(pipe), expected)
     with pytest.raises(PipelineError, match="accelerate"), lcmlora.styled(sd_pipe(), {}):
         pass

@@ -87,6 +87,7 @@ def distill(
         DataError: the data or a setting can't be trained on, or the output folder holds a run with other settings.
         PipelineError: the teacher can't be loaded or distilled.
         LoraFileError: a style can't be had.
+        CallError: a style's weight can't be used.
         LoraMismatchError: a style does not fit.
         LcmLoraError: the loss stopped being finite, the disk is full, or the file does not load back.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.

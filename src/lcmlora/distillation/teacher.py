@@ -203,8 +203,8 @@ def styled(pipe: Any, styles: Mapping[str, Any]) -> Iterator[list[tuple[Given, f
         Each style's source and weight: what has to go into the distilled file beside the student.
 
     Raises:
-        PipelineError, LoraFileError, LoraMismatchError: a style can't be had, does not fit, or is no plain LoRA of
-            the UNet alone.
+        PipelineError, CallError, LoraFileError, LoraMismatchError: a style can't be had, does not fit, or is no plain
+            LoRA of the UNet alone.
     """
     if not isinstance(styles, Mapping):
         raise PipelineError(f"styles={brief(styles)}: a dict of names and sources is expected.")

@@ -42,8 +42,8 @@ class Generated:
         out: the folder.
         files: every picture of the rows that is there now, in the rows' order.
         failed: the rows that were not drawn: each has its `row` (a number, from 1) and its `line` in a file of rows,
-            its file's `name` (None where it has none), the `reason`, and whether it was `refused`: one that was not
-            failed while it was drawn, so that the same call may draw it.
+            its file's `name` (None where it has none), the `reason`, and whether it was `refused`. True: the row is at
+            fault, and has to be mended. False: the pipe failed while it drew, and the same call tries it again.
         already: how many of the files were there before.
         interrupted: whether Ctrl-C stopped it before the last row.
     """

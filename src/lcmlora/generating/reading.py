@@ -12,7 +12,7 @@ from typing import Any
 from .. import tables
 from ..errors import DataError, brief
 from ..parameters import as_weight
-from ..transition.target import Style
+from ..transition.target import Strength, Style, is_strength
 
 Given = Mapping[str, Any] | str | DataError
 """A row: a dict, a prompt alone, or why a line is no row."""
@@ -135,7 +135,7 @@ def size_of(value: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-Wanted = float | Style | None
+Wanted = Strength | Style | None
 """A style as a row wants it: at a weight, from a source, or, with None, as it is known."""
 
 
@@ -179,7 +179,7 @@ def _wanted(value: Any, folder: Path) -> Wanted:
         if odd := sorted(map(str, value.keys() - set(known))):
             raise DataError(f"a style takes no {odd[0]!r}: {', '.join(known)} are known.")
         return _style(**{"folder": folder, **value})
-    if value is None or isinstance(value, Style):
+    if value is None or isinstance(value, Style) or is_strength(value):
         return value
     weight = as_weight(value)
     return _style(value, folder) if weight is None else weight

@@ -19,7 +19,7 @@ from ..parameters import as_weight
 from ..pictures import file_digest
 from ..transition.records import PipeRecord, pipe_record_of, stands_for
 from ..transition.snapshot import COMPONENTS
-from ..transition.target import Style
+from ..transition.target import Style, is_strength
 from .rows import Row
 
 FORMAT = 1
@@ -119,7 +119,8 @@ class _Active:
         assert target is not None, "or no styles could be asked for"
         found: dict[str, Any] = {}
         for name, one in wanted.items():
-            weight, source = as_weight(one), target.sources.get(name)
+            weight = one if is_strength(one) else as_weight(one)
+            source = target.sources.get(name)
             if weight is None:
                 style = Style.of(one)
                 weight, source = style.weight, style.origin

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from ..acceleration import rehearse
 from ..calls import plain
 from ..errors import DataError, LcmLoraError, LcmLoraWarning, brief
-from ..parameters import Parameters, as_weight, is_text, whole
+from ..parameters import Parameters, is_text, meant, whole
 from ..state import status
 from ..transition.records import pipe_record_of
 from ..transition.target import Style
@@ -179,8 +179,7 @@ class Rows:
         for name in asked.keys() & _SET_BY_US.keys():
             raise DataError(f"{name} can't stand in a row: {_SET_BY_US[name]}.")
         for name, near in self.takes.unknown(asked, (*_OURS, *_SHORT, "steps", "guidance")):
-            hint = f" Is {near} meant?" if near else ""
-            raise DataError(f"{self.takes.owner}'s call takes no {name!r}.{hint}")
+            raise DataError(f"{self.takes.owner}'s call takes no {name!r}.{meant(name, near)}")
         needs_prompt = "prompt" in self.takes.defaults and "prompt_embeds" not in asked
         if needs_prompt and not is_text(asked.get("prompt")):
             given = f"prompt={brief(asked['prompt'])}: one text is expected." if "prompt" in asked else "no prompt."
@@ -209,10 +208,7 @@ class Rows:
 
     def _file(self, key: str, given: Any) -> Path:
         if key not in self.takes.defaults:  # some pipelines swallow what they do not know
-            raise DataError(
-                f"{self.takes.owner}'s call takes no {key!r}: an image-to-image or inpainting pipeline does, such as "
-                "AutoPipelineForImage2Image.from_pipe(pipe)."
-            )
+            raise DataError(f"{self.takes.owner}'s call takes no {key!r}.{meant(key, '')}")
         path = self._folder / Path(given).expanduser()
         if not path.is_file():
             raise DataError(f"{key}={os.fspath(given)!r}: there is no such file ({path}).")
@@ -246,10 +242,12 @@ class Rows:
     def _style(self, name: str, wanted: Wanted) -> Any:
         known = (self._styles or {}).get(name)
         if wanted is None:
-            wanted = known if known is not None else as_weight(self._active.get(name))
+            wanted = known if known is not None else self._active.get(name)
+            if wanted is None and why_not(self._pipe, {name: 1.0}):
+                raise DataError(f"style {name!r} is not known here: give its source, or name it in styles=.")
             if wanted is None:
-                raise DataError(f"style {name!r} is not known here: give its source or weight, or name it in styles=.")
-        elif isinstance(wanted, float) and known is not None and as_weight(known) is None:
+                raise DataError(f"style {name!r} is off here: give its weight, {name}:0.8, or name it in styles=.")
+        elif isinstance(wanted, float) and isinstance(known, str | os.PathLike | Style):
             return dataclasses.replace(Style.of(known), weight=wanted)
         return wanted
 

@@ -100,6 +100,11 @@ class Adapters:
         return [name for name, lora in self.loras.items() if any(lora.found.values())]
 
     @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The least and the greatest weight in a layer of each adapter that counts."""
+        return {name: (min(w), max(w)) for name in self.active if (w := self.loras[name].found.values())}
+
+    @property
     def merged(self) -> frozenset[str]:
         """The layers into whose weight PEFT has merged an adapter."""
         return frozenset(name for name, wrapper in self._wrappers.items() if getattr(wrapper, "merged", False))

@@ -106,7 +106,10 @@ class Source:
         if os.path.isdir(self.where):
             return LoraFile.at(_file_in(Path(self.where, self.subfolder or ""), self.weight_name), self.where)
         if not REPOSITORY.fullmatch(self.where):
-            raise LoraFileError(f"LoRA {self.where!r} is no file, no folder and no repository id like 'owner/name'.")
+            raise LoraFileError(
+                f"LoRA {self.where!r} is no file, no folder and no repository id like 'owner/name'."
+                + _if_number(os.path.basename(self.where))
+            )
         return LoraFile.at(self._download(hub), self.where)
 
     def _download(self, hub: HubOptions) -> str:
@@ -134,6 +137,14 @@ def not_a_source(given: Any) -> LoraFileError:
         f"{_short(given)} is no LoRA source: give a file, a folder, a repository id like 'owner/name' or a dict of "
         "tensors; with a weight, type lcmlora.Style(source, weight)."
     )
+
+
+def _if_number(name: str) -> str:
+    try:
+        float(name)
+    except ValueError:
+        return ""
+    return f" Is the number {name} meant, a weight? Then type it without quotes."
 
 
 def _text(what: str, value: Any) -> str:

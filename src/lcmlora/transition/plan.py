@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import diffusers
 
 from .. import base as bases
 from .. import recipe as recipes
-from ..errors import BaseModelError, LoraMismatchError, PipelineError
+from ..errors import BaseModelError, LoraFileError, LoraMismatchError, PipelineError
 from ..layers import ModuleIndex
 from ..lora.files import Coverage, LoraInfo, cover, read
 from ..lora.merge import FileLora, Lora, Weight, contributions, parameter_of
@@ -78,7 +80,7 @@ def make_plan(snapshot: Snapshot, target: Target, anew: Collection[str] = ()) ->
         _warn_if_doubtful(snapshot, recipe)
     contents = _contents(snapshot, target, files, weights)
     _check_room(snapshot, contents, target)
-    if not same_lcm and target.lora.where is not None:  # a recipe's own file may be called as it likes
+    if not same_lcm and target.lora.where is not None and not _is_own(recipe, base, lcm_file):
         _warn_of_name(recipe, lcm_file)
     if recipe.commercial is False and (before is None or before.recipe.name != recipe.name):
         warn(f"{recipe.title}, recipe {recipe.name!r}, is licensed {recipe.licence_of(base)}: no commercial use.")
@@ -102,6 +104,15 @@ def _recipe(target: Target, before: Applied | None, stays: Applied | None) -> tu
 def _own_weight(base: bases.Base | None, recipe: Recipe) -> float:
     source = recipe.loras.get(base.name) if base else None
     return recipe.weight if source is None or source.weight is None else source.weight
+
+
+def _is_own(recipe: Recipe, base: bases.Base | None, file: LoraFile) -> bool:
+    """Whether a file is the recipe's own for this base, from this machine: that may be called as it likes."""
+    own = recipe.loras.get(base.name) if base else None
+    if own is not None and os.path.exists(own.lora):
+        with suppress(LoraFileError):  # nobody asked for that one
+            return lcm_source(base, recipe, Source.of(None)).find().path == file.path
+    return False
 
 
 def _warn_of_name(recipe: Recipe, file: LoraFile) -> None:
@@ -167,14 +178,17 @@ def lcm_source(base: bases.Base | None, recipe: Recipe, source: Source) -> Sourc
     own = recipe.loras.get(base.name) if base else None
     if own is None:
         kind, name = recipe.title.partition(" ")[2], base.name if base else "unknown"
-        raise BaseModelError(f"base {name!r} has no {kind}; pass lora=.{_other_recipes(base)}")
+        once = f"lcmlora.register(lcmlora.LoraSource(file), recipe={recipe.name!r}, base={name!r})"
+        raise BaseModelError(
+            f"base {name!r} has no {kind}; pass lora=, or say once where its file is: {once}.{_other_recipes(base)}"
+        )
     return Source.of(own.lora, source.weight_name or own.weight_name, source.subfolder, source.revision)
 
 
 def _other_recipes(base: bases.Base | None) -> str:
     """What there is for a base."""
     names = [recipe.name for recipe in recipes.recipes() if base and base.name in recipe.loras]
-    return f" It has files for recipes {', '.join(map(repr, names))}." if names else ""
+    return f" It has files for recipes {', '.join(map(repr, names))}: pass recipe=." if names else ""
 
 
 def lcm_lora(index: ModuleIndex, base: bases.Base | None, file: LoraFile, recipe: Recipe = recipes.LCM) -> FileLora:

@@ -7,7 +7,7 @@ import enum
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from .. import recipe as recipes
 from .. import vae as vaes
 from ..calls import Policy
 from ..compiling import Compile
-from ..errors import BaseModelError, LoraFileError, PipelineError, brief
+from ..errors import BaseModelError, CallError, PipelineError, brief
 from ..lora.merge import Weight
 from ..lora.originals import KEEPS, Keep
 from ..lora.sources import Given, HubOptions, Source, not_a_source
@@ -79,8 +79,11 @@ class Style:
         return source if isinstance(source, Style) else Style(source)
 
 
-Wanted = float | Given | Style
-"""A style as it is asked for: a weight, for one that is known; a source, or a `Style`, for a new one."""
+Strength = float | Mapping[str, tuple[float, float]]
+"""A style's weight; where it is not the same everywhere, the least and the greatest of each component."""
+Wanted = Strength | Given | Style
+"""A style as it is asked for: a weight, for one that is known, or what `status` gives for it; a source, or a `Style`,
+for a new one."""
 Styles = Mapping[str, Wanted]
 """Styles by name."""
 
@@ -117,7 +120,7 @@ class Target:
         """Refuse what no pipe can be.
 
         Raises:
-            PipelineError, BaseModelError, LoraFileError: naming the argument.
+            PipelineError, BaseModelError, CallError: naming the argument.
         """
         if not isinstance(self.base, str):
             raise PipelineError(f"base={brief(self.base)}: 'auto' or the name of a base is expected.")
@@ -165,13 +168,14 @@ def with_styles(target: Target, styles: Any, known: Mapping[str, Source | None],
 
     Args:
         target: the rest of it.
-        styles: as the caller gave them.
+        styles: as the caller gave them; `UNSET` for one that counts as it was found.
         known: the styles that a weight may be given for; None in place of a source for those that are in the pipe.
         kept: the styles that count beside those that are named.
 
     Raises:
         PipelineError: a name is not known, or can't be used.
-        LoraFileError: a source or weight is none.
+        LoraFileError: a source is none.
+        CallError: a weight is none.
     """
     if not isinstance(styles, Mapping):
         raise PipelineError(
@@ -181,6 +185,9 @@ def with_styles(target: Target, styles: Any, known: Mapping[str, Source | None],
     weights: dict[str, Weight] = dict(kept)
     sources = {name: source for name, source in known.items() if source is not None}
     for name, wanted in styles.items():
+        if wanted is UNSET:
+            weights[name] = None
+            continue
         number = as_weight(wanted)
         if number is not None or isinstance(wanted, bool):
             if name not in known:
@@ -191,29 +198,50 @@ def with_styles(target: Target, styles: Any, known: Mapping[str, Source | None],
             check_weight(f"style {name!r}", wanted)
             weights[name] = number
             continue
-        if known.get(name, UNSET) is None or name == target.adapter_name or not is_adapter_name(name):
-            raise PipelineError(
-                f"style name {brief(name)} can't be used: taken already, reserved, empty, or with a dot in it."
-            )
+        if why := _why_no_name(name, target, known):
+            raise PipelineError(f"style name {brief(name)} can't be used: {why}.")
         style = Style.of(wanted)
         check_weight(f"style {name!r}", style.weight)
         sources[name], weights[name] = style.origin, float(style.weight)
     return dataclasses.replace(target, styles=weights, sources=sources)
 
 
+def is_strength(wanted: Any) -> TypeGuard[Mapping[str, tuple[float, float]]]:
+    """Whether it is a weight by component, as `status` gives it."""
+    pairs = list(wanted.values()) if isinstance(wanted, Mapping) else []
+    return bool(pairs) and all(
+        isinstance(pair, tuple | list) and len(pair) == 2 and None not in map(as_weight, pair) for pair in pairs
+    )
+
+
 def is_adapter_name(name: Any) -> bool:
     """Whether PEFT can call an adapter so."""
-    if not isinstance(name, str) or not name or "." in name:
-        return False
-    return not any(hasattr(holder, name) for holder in (nn.ModuleDict(), nn.ParameterDict()))  # "train", "keys", ...
+    return isinstance(name, str) and name != "" and "." not in name and not _is_torchs(name)
+
+
+def _is_torchs(name: str) -> bool:
+    return any(hasattr(holder, name) for holder in (nn.ModuleDict(), nn.ParameterDict()))  # "train", "keys", ...
+
+
+def _why_no_name(name: Any, target: Target, known: Mapping[str, Source | None]) -> str | None:
+    """Why no new style can have this name; None where it can."""
+    if not isinstance(name, str) or not name:
+        return "it is empty" if name == "" else "a string is expected"
+    if known.get(name, UNSET) is None:
+        return f"the pipe has an adapter of that name. Give that a weight, {{{name!r}: 0.8}}, or the style a new name"
+    if name == target.adapter_name:
+        return "it is the few-step LoRA's own (adapter_name=), which accelerate(weight=) changes"
+    if "." in name:
+        return "PEFT takes no dot in a name"
+    return "torch's module containers have an attribute of that name" if _is_torchs(name) else None
 
 
 def check_weight(what: str, weight: Any) -> None:
     """Refuse weights that are no numbers.
 
     Raises:
-        LoraFileError: naming what it was meant for.
+        CallError: naming what it was meant for.
     """
     number = as_weight(weight)
     if number is None or not math.isfinite(number) or not abs(number) < 100:
-        raise LoraFileError(f"{what}: weight {brief(weight)} is no number between -100 and 100; 1 is as trained.")
+        raise CallError(f"{what}: weight {brief(weight)} is no number between -100 and 100; 1 is as trained.")
