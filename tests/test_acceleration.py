@@ -255,8 +255,9 @@ def test_saving_an_accelerated_pipe_says_what_is_written(lcm_file, tmp_path):
     lcmlora.accelerate(pipe, lora=lcm_file(pipe), fuse=False)
     with pytest.warns(lcmlora.LcmLoraWarning, match="with PEFT's names.*lcmlora.bake.*lcmlora.restore"):
         pipe.save_pretrained(tmp_path / "saved")
-    lcmlora.bake(pipe, tmp_path / "baked")  # says nothing, and neither do the two below
-    lcmlora.load_baked(tmp_path / "baked").save_pretrained(tmp_path / "again")
+    lcmlora.bake(pipe, tmp_path / "baked")  # says nothing
+    with pytest.warns(lcmlora.LcmLoraWarning, match=r"with the LCM-LoRA in it.*lcmlora\.bake.*is called\.$"):
+        lcmlora.load_baked(tmp_path / "baked").save_pretrained(tmp_path / "again")
     lcmlora.restore(pipe).save_pretrained(tmp_path / "plain")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 
 from ..acceleration import accelerate, accelerated, as_it_was, plainly, rehearse
-from ..errors import CallError, PipelineError, brief
+from ..errors import CallError, brief
 from ..lora.sources import Given
 from ..moving import require_originals, require_unshared
 from ..policy import Policy
@@ -72,8 +72,6 @@ class State:
         if not self.accelerated:
             require_unshared(pipe)
         if not self.accelerated and record is not None:
-            if record.baked:
-                raise PipelineError("this pipe was baked: there is no pipe without the LCM-LoRA to compare with.")
             for module in record.modules.values():
                 require_originals(module, "show the pipe without the LCM-LoRA")
         return record.settings.policy if self.accelerated and record is not None else None
