@@ -255,6 +255,19 @@ def test_what_accelerate_of_a_pipe_with_a_baked_unet_says(lcm_file, baked):
     assert passes(pipe) == [1] * 3
 
 
+def test_a_baked_pipe_with_another_unet_is_none(baked, tmp_path):
+    twin, own = copy.copy(baked), baked.unet
+    baked.unet = twin.unet = sd_pipe(seed=1).unet
+    assert [lcmlora.status(pipe).baked for pipe in (baked, twin)] == [False, False]
+    with pytest.warns(lcmlora.LcmLoraWarning, match=r"pipe\.unet is not the one that was baked"):
+        passes(baked)
+    with pytest.raises(lcmlora.PipelineError, match=r"without the LCM-LoRA: pipe\.unet is not the one"):
+        lcmlora.bake(baked, tmp_path / "again")
+    baked.unet = own
+    assert lcmlora.status(baked).baked
+    assert passes(baked) == [1] * 3
+
+
 def test_status_says_whether_a_pipe_was_baked(folder, baked, lcm_file):
     pipe = sd_pipe()
     assert [lcmlora.status(p).baked for p in (pipe, baked, copy.copy(baked), copy.deepcopy(baked))] == [

@@ -321,7 +321,7 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
 
     Args:
         pipe: an accelerated pipe, or a baked one.
-        styles: as for `set_styles`. A baked pipe takes {} alone, whatever is in its weights.
+        styles: as for `set_styles`. A baked pipe takes {}, or the styles that are in its weights.
 
     Raises:
         PipelineError: as for `set_styles`.

@@ -18,7 +18,7 @@ from .errors import PipelineError, brief
 from .kinds import as_kind, check_kind
 from .lora.sources import REPOSITORY
 from .state import status
-from .transition.records import PipeRecord, pipe_record_of
+from .transition.records import PipeRecord, note_baked, pipe_record_of
 from .transition.snapshot import BAKED, Snapshot, read_baked
 from .transition.target import PipeSettings
 from .transition.verification import why_not_fast
@@ -123,6 +123,7 @@ def load_baked(folder: str | Path, *, kind: str | None = None, **load: Any) -> A
             pipe = DiffusionPipeline.from_pretrained(os.path.abspath(folder), **load)
     except Exception as error:  # diffusers raises many kinds
         raise PipelineError(f"{folder} can't be loaded as a pipeline: {error}") from error
+    note_baked(pipe.unet, written)
     record = baked.dress(Snapshot.of(pipe), written, settings)
     record.found = record.made  # there is nothing to restore
     return pipe if kind is None else as_kind(pipe, kind)

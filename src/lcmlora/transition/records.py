@@ -262,8 +262,8 @@ class PipeRecord(_Unpicklable):
     def __post_init__(self) -> None:
         if self.modules:
             self.gate = self.unet.gate
-        elif self.baked is not None and (pipe := self.owner()) is not None:
-            self.gate = _baked.setdefault(compat.uncompiled(pipe.unet), _Baked(self.baked, self.gate)).gate
+        elif self.baked is not None and (noted := _noted(self.owner())) is not None:
+            self.gate = noted.gate
 
     @property
     def unet(self) -> ModuleRecord:
@@ -271,6 +271,9 @@ class PipeRecord(_Unpicklable):
         return self.modules["unet"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipeRecord:
+        pipe: Any = self.owner()
+        if (noted := _noted(pipe)) is not None:
+            note_baked(deepcopy(compat.uncompiled(pipe.unet), memo), noted.written)  # the copied pipe's
         names = ("settings", "modules", "found", "made", "baked")
         return PipeRecord(self.owner, **{name: deepcopy(getattr(self, name), memo) for name in names})
 
@@ -313,13 +316,20 @@ _baked: weakref.WeakKeyDictionary[Any, _Baked] = weakref.WeakKeyDictionary()
 """The UNets of baked pipes, so that pipes which share one know it, with the folder gone too."""
 
 
+def note_baked(unet: Any, written: Mapping[str, Any]) -> None:
+    """Note of a UNet what `bake` wrote of the folder that it was loaded from."""
+    _baked[compat.uncompiled(unet)] = _Baked(written, Gate())
+
+
 def baked_of(pipe: Any) -> Mapping[str, Any] | None:
-    """What `bake` wrote of the folder from which `load_baked` loaded this pipe, or another one of the same UNet."""
-    record, unet = pipe_record_of(pipe), compat.uncompiled(getattr(pipe, "unet", None))
-    if record is not None and record.baked is not None:
-        return record.baked
-    found = _baked.get(unet) if isinstance(unet, nn.Module) else None
-    return found.written if found is not None else None
+    """What `bake` wrote of the folder from which `load_baked` loaded the pipe's UNet, with it or another pipe."""
+    noted = _noted(pipe)
+    return noted.written if noted is not None else None
+
+
+def _noted(pipe: Any) -> _Baked | None:
+    unet = compat.uncompiled(getattr(pipe, "unet", None))
+    return _baked.get(unet) if isinstance(unet, nn.Module) else None
 
 
 class StandIn:
