@@ -194,7 +194,7 @@ def test_of_two_threads_one_is_let_into_the_block(lcm_file):
         list(threads.map(lambda _: enter(), range(2)))
     refused = [one for one in found if one is not True]
     assert len(found) == 2
-    assert [one[:35] for one in refused] == ["this pipe is accelerated already; `"]
+    assert ["accelerated already" in one for one in refused] == [True]
     assert_same(before, snapshot(pipe))
 
 
@@ -282,8 +282,9 @@ def test_saving_an_accelerated_pipe_says_what_is_written(lcm_file, tmp_path):
     lcmlora.accelerate(pipe, lora=lcm_file(pipe), fuse=False)
     with pytest.warns(lcmlora.LcmLoraWarning, match="with PEFT's names.*lcmlora.bake.*lcmlora.restore"):
         pipe.save_pretrained(tmp_path / "saved")
-    lcmlora.bake(pipe, tmp_path / "baked")  # says nothing, and neither do the two below
-    lcmlora.load_baked(tmp_path / "baked").save_pretrained(tmp_path / "again")
+    lcmlora.bake(pipe, tmp_path / "baked")  # says nothing
+    with pytest.warns(lcmlora.LcmLoraWarning, match=r"with the LCM-LoRA in it.*lcmlora\.bake.*is called\.$"):
+        lcmlora.load_baked(tmp_path / "baked").save_pretrained(tmp_path / "again")
     lcmlora.restore(pipe).save_pretrained(tmp_path / "plain")
 
 

@@ -228,7 +228,7 @@ def test_bake_and_draw_with_what_was_baked(shell):
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["call"] == {"num_inference_steps": 4, "guidance_scale": 1.0}
     assert shell("generate -m fast", "x").exit_code == 0
-    assert pictures.record_of("pictures/x-0.png")["accelerated"] == {"baked": True}
+    assert pictures.record_of("pictures/x-0.png")["accelerated"]["baked"] is True
     assert shell("generate --again pictures/x-0.png --out b").stderr.count("identical") == 1
 
 

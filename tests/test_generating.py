@@ -31,6 +31,7 @@ from lcmlora import DataError, LcmLoraError, LcmLoraWarning, PipelineError, Styl
 from lcmlora.generating.reading import seeds_of, size_of, styles_of
 from lcmlora.pictures import file_digest
 from lcmlora.testing import tiny_lora, tiny_pipeline, tiny_vae
+from lcmlora.transition.records import pipe_record_of
 from tiny_pipelines import build, picture
 
 PROMPTS = ("a fox", "an owl", "a rocket", "狐")
@@ -617,6 +618,22 @@ def test_a_baked_pipe_again(pipe, tmp_path):
     assert again(made).tobytes() == again(made, baked).tobytes() == pictures.load(made)[0].tobytes()
     with pytest.raises(PipelineError, match="restore"):
         again(made, pipe)
+    with pytest.warns(LcmLoraWarning, match="this pipe was baked: its styles are in its weights"):
+        generate(baked, [{"prompt": "x", "styles": {}}], tmp_path / "styled", progress=False)
+
+
+@pytest.mark.parametrize("enforced", [True, False])
+def test_a_picture_of_a_baked_models_other_pipeline_again(enforced, pipe, tmp_path):
+    """The model is loaded as text to image: the pipe of its parts has to run the steps that the picture had."""
+    redraw = lcmlora.load_baked(lcmlora.bake(pipe, tmp_path / "baked"), kind="img2img")
+    lcmlora.accelerate(redraw, enforce_inference_steps=enforced)
+    picture().save(tmp_path / "a.png")
+    row = {"prompt": "x", "image": tmp_path / "a.png", "strength": 0.5}
+    (made,) = generate(redraw, [row], tmp_path / "out", progress=False).files
+    assert again(made).tobytes() == pictures.load(made)[0].tobytes()
+    lcmlora.accelerate(redraw, enforce_inference_steps=not enforced)
+    assert again(made, redraw).tobytes() == pictures.load(made)[0].tobytes()
+    assert pipe_record_of(redraw).settings.policy.enforce_inference_steps is not enforced
 
 
 def test_another_vae_in_its_folder_and_weights_that_are_others_are_told(plain, tmp_path, model):

@@ -30,7 +30,7 @@ def whole_life(pipe: Pipeline, folder: Path) -> None:
         inside.draw()
     if lcmlora.is_accelerated(pipe):
         baked: Path = lcmlora.bake(pipe, folder, overwrite=True)
-        lcmlora.load_baked(baked, dtype=None)
+        lcmlora.load_baked(baked, kind="img2img", dtype=None)
         lcmlora.load(baked, device="cpu", kind="img2img", config="sdxl-folder", local_files_only=True)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
+from . import baked
+from . import recipe as recipes
 from .compat import uncompiled
 from .compiling import Compile
 from .errors import PipelineError
@@ -24,6 +26,7 @@ from .transition.records import (
     ModuleRecord,
     PipeRecord,
     Shell,
+    baked_of,
     lock,
     module_record_of,
     pipe_record_of,
@@ -79,8 +82,8 @@ def accelerate(
     It says what the pipe shall be. On a pipe that is accelerated already it moves the pipe there at the least cost:
     other steps or guidance need no merge, other styles or weights one merge from the originals, and the same again
     does nothing. What a call leaves out stays as it is. LoRAs that are active in the pipe already stay so, at their
-    weights, layer by layer. Everything is checked before the pipe is touched, and whatever fails afterwards is rolled
-    back.
+    weights, layer by layer. A pipe of a baked one's parts gets its call defaults, and nothing is merged. Everything is
+    checked before the pipe is touched, and whatever fails afterwards is rolled back.
 
     Args:
         pipe: a diffusers pipeline with a `UNet2DConditionModel` or `UNetMotionModel`. Its siblings that share the
@@ -137,7 +140,10 @@ def accelerate(
     wish = {name: value for name, value in locals().items() if name != "pipe"}
     with alone(pipe):
         now = Snapshot.of(pipe)
-        move(now, *_wanted(now, wish))
+        if (written := baked_of(pipe)) is not None:
+            baked.dress(now, written, baked.settings_for(now, written, _said(wish)))
+        else:
+            move(now, *_wanted(now, wish))
     return pipe
 
 
@@ -155,6 +161,8 @@ def _wanted(now: Snapshot, wish: Mapping[str, Any]) -> tuple[Target, PipeSetting
     hub = {"hub": HubOptions(*options)} if any(options) else {}
     target = dataclasses.replace(before, **{**afresh, **_said(weights), **hub})
     target.check()
+    if other:  # one that is in use may have been unregistered
+        recipes.by_name(wish["recipe"])
     if target.weight is not None:
         target = dataclasses.replace(target, weight=as_weight(target.weight))
     anew = {target.adapter_name} if source is not UNSET or other else set()
@@ -185,6 +193,9 @@ def rehearse(pipe: Any, **settings: Any) -> Policy:
     given.apply_defaults()
     with alone(pipe):
         now = Snapshot.of(pipe)
+        if (written := baked_of(pipe)) is not None:
+            said = {name: value for name, value in _said(given.arguments).items() if name != "pipe"}
+            return baked.settings_for(now, written, said).policy
         target, kept, anew, _, policy = _wanted(now, given.arguments)
         return kept.policy.under(plan_for(now, target, anew).applied.recipe, policy)
 
@@ -215,6 +226,9 @@ def set_styles(pipe: Pipe, styles: Styles) -> Pipe:
         record = pipe_record_of(pipe)
         if record is None:
             raise PipelineError("set_styles changes an accelerated pipe; lcmlora.accelerate(pipe, styles=...) first.")
+        if record.baked:
+            baked.check_styles(record.baked, styles)
+            return pipe
         now = Snapshot.of(pipe)
         target = with_styles(_target(now), _as_kept(now, styles), _known(now), {})
         move(now, target, record.settings, _given_sources(styles))
@@ -242,7 +256,7 @@ def restore(pipe: Pipe, *, force: bool = False) -> Pipe:
     """
     with alone(pipe):
         record = pipe_record_of(pipe)
-        if record is not None and record.baked:
+        if record is not None and record.baked and record.found.cls is record.made.cls:  # it was loaded so
             raise PipelineError("this pipe was baked: the LCM-LoRA is in its file, and there is nothing to restore.")
         if record is not None and record.gate.is_called_here():
             raise PipelineError(
@@ -321,17 +335,18 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
     is how a server serves requests of different styles with one UNet.
 
     Args:
-        pipe: an accelerated pipe.
-        styles: as for `set_styles`.
+        pipe: an accelerated pipe, or a baked one.
+        styles: as for `set_styles`. A baked pipe takes {}, or the styles that are in its weights.
 
     Raises:
         PipelineError: as for `set_styles`.
     """
     record = pipe_record_of(pipe)
-    if record is None or record.baked:
+    if record is None:
         raise PipelineError("styled changes an accelerated pipe for a while; lcmlora.accelerate(pipe) first.")
     with record.gate.changing(), as_it_was(pipe):
-        set_styles(pipe, styles)
+        if not record.baked or styles != {}:
+            set_styles(pipe, styles)
         yield pipe
 
 
@@ -343,11 +358,15 @@ def as_it_was(pipe: Any) -> Iterator[None]:
     """
     record, before = pipe_record_of(pipe), Before.of(pipe)
 
+    def same(one: PipeRecord, other: PipeRecord) -> bool:
+        models = [one.unet.module if one.modules else None for one in (one, other)]  # a baked pipe has none
+        return models[0] is models[1]
+
     def back() -> None:
         mine = pipe_record_of(pipe)
         if before is None and mine is not None:
             restore(pipe)
-        elif before is not None and record is not None and mine is not None and mine.unet.module is record.unet.module:
+        elif before is not None and record is not None and mine is not None and same(mine, record):
             before.again(pipe)
 
     try:
@@ -388,6 +407,9 @@ class Before(NamedTuple):
         """Make the pipe so. Styles that were given since stay known."""
         with alone(pipe):
             now = Snapshot.of(pipe)
+            if now.record is not None and now.record.baked:
+                baked.dress(now, now.record.baked, self.settings)
+                return
             target = _target(now)
             anew = {name for name, source in self.target.sources.items() if target.sources.get(name) != source}
             if (self.target.lora, self.target.recipe) != (target.lora, target.recipe):

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import __version__, calls
+from . import __version__, baked, calls
 from . import recipe as recipes
-from .calling import HOOKS
 from .compat import bars_hidden
 from .errors import PipelineError, brief
+from .kinds import as_kind, check_kind
 from .lora.sources import REPOSITORY
 from .meanwhile import merged
-from .policy import Policy
 from .state import status
-from .transition import transaction
-from .transition.records import PipeRecord, Shell, pipe_record_of
-from .transition.snapshot import BAKED, read_baked
+from .transition.records import PipeRecord, note_baked, pipe_record_of
+from .transition.snapshot import BAKED, Snapshot, read_baked
 from .transition.target import PipeSettings
 from .transition.verification import why_not_fast
 
 
 def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any) -> Path:
-    """Save an accelerated pipe with its LoRAs merged in, as a folder that plain diffusers loads.
+    """Save an accelerated pipe with its LoRAs merged in, as a folder that plain diffusers loads. A baked one, again.
 
     The saved scheduler is the recipe's, for LCM `LCMScheduler`; how to call the pipe (steps, guidance) and what was
     merged stands in `lcmlora.json`. A pipe with PEFT adapters (fuse=False) is merged for the time of saving, and left
     as it is.
 
     Args:
-        pipe: an accelerated pipe.
+        pipe: an accelerated pipe, or a baked one.
         folder: where to; must not exist, or be empty, unless `overwrite`. It appears only when all is written.
         overwrite: replace what is there, if that is a checkpoint (with a `model_index.json`) or an empty folder.
         save: as for diffusers' `save_pretrained`, such as `variant="fp16"`.
@@ -45,12 +41,17 @@ def bake(pipe: Any, folder: str | Path, *, overwrite: bool = False, **save: Any)
         The folder.
 
     Raises:
-        PipelineError: the pipe is not accelerated, can't be merged, or the folder is in use by something else.
+        PipelineError: the pipe is not accelerated, can't be merged, its recipe was unregistered, or the folder is in
+            use by something else.
     """
     record = pipe_record_of(pipe)
-    if record is None or record.baked:
+    if record is None:
         raise PipelineError(
             "bake saves an accelerated pipe; lcmlora.accelerate(pipe) first, or pipe.save_pretrained()."
+        )
+    if (name := record.settings.policy.recipe.name) not in {recipe.name for recipe in recipes.recipes()}:
+        raise PipelineError(
+            f"recipe {name!r} was unregistered, and no folder of it could be loaded: register it again."
         )
     if why := why_not_fast(pipe, record):
         raise PipelineError(f"bake would save a pipe without the LCM-LoRA: {why}.")
@@ -94,18 +95,19 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise PipelineError(f"{folder} exists and is not empty; give another folder, or overwrite=True.")
 
 
-def load_baked(folder: str | Path, **load: Any) -> Any:
+def load_baked(folder: str | Path, *, kind: str | None = None, **load: Any) -> Any:
     """Load what `bake` saved, with its call defaults: the steps and guidance it was baked with, kept within range.
 
     Args:
         folder: as given to `bake`.
+        kind: "text2img", "img2img" or "inpaint"; None leaves what was baked.
         load: as for diffusers' `from_pretrained`, such as `dtype`.
 
     Returns:
-        A pipeline of the class that was baked.
+        A pipeline of the class that was baked, or of that kind.
 
     Raises:
-        PipelineError: the folder was not baked, or can't be loaded.
+        PipelineError: the folder was not baked, can't be loaded, or there is no pipeline of that kind for it.
         BaseModelError: its recipe is not registered.
     """
     from diffusers import DiffusionPipeline
@@ -113,27 +115,28 @@ def load_baked(folder: str | Path, **load: Any) -> Any:
     written = read_baked(Path(folder))
     if written is None:
         raise PipelineError(f"{folder} was not made by lcmlora.bake: there is no {BAKED} in it that says what it is.")
-    call, name = written["call"], written["merged"].get("recipe") or recipes.LCM.name
-    recipe = recipes.by_name(name)
-    steps = call.get("num_inference_steps", recipe.steps)
-    policy = Policy(steps=steps, guidance=call.get("guidance_scale"), recipe=recipe)
+    settings = PipeSettings(baked.policy_of(written))
+    if kind is not None:
+        check_kind(kind)
     try:
         with bars_hidden():
             pipe = DiffusionPipeline.from_pretrained(os.path.abspath(folder), **load)
     except Exception as error:  # diffusers raises many kinds
         raise PipelineError(f"{folder} can't be loaded as a pipeline: {error}") from error
-    found = Shell.of(pipe)
-    made = dataclasses.replace(found, cls=calls.governed(found.cls, HOOKS))
-    record = PipeRecord(weakref.ref(pipe), PipeSettings(policy), {}, found, made, baked=written)
-    transaction.dress(pipe, record, transaction.Undo())
-    return pipe
+    note_baked(pipe.unet, written)
+    record = baked.dress(Snapshot.of(pipe), written, settings)
+    record.found = record.made  # there is nothing to restore
+    return pipe if kind is None else as_kind(pipe, kind)
 
 
 def _recipe(pipe: Any, record: PipeRecord) -> dict[str, Any]:
-    now, applied = status(pipe), record.unet.applied
+    now = status(pipe)
+    call = {"num_inference_steps": now.steps, "guidance_scale": now.guidance}
+    if record.baked:
+        return {"lcmlora": __version__, "call": call, "merged": record.baked["merged"]}
+    applied = record.unet.applied
     assert applied is not None
     file = applied.lcm.file
-    call = {"num_inference_steps": now.steps, "guidance_scale": now.guidance}
     merged_in = {key: getattr(now, key) for key in ("recipe", "licence", "weight", "base")}
     # the folder may be given away: no paths of this machine
     name = file.given if file.path is None or REPOSITORY.fullmatch(file.given) else file.path.name

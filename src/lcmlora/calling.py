@@ -32,10 +32,11 @@ def _entered(pipe: Any) -> Iterator[None]:
         return
     with record.gate.calling():
         if not record.running.acquire(blocking=False):
+            styles = "{}" if record.baked else "styles"
             raise CallError(
                 "another call of this pipe is running in another thread, and a scheduler serves one call at a time: "
                 "give each thread a pipe of its own (copy.copy(pipe) shares the models and has its own scheduler), or "
-                "use `with lcmlora.styled(pipe, styles)`, in which the others wait."
+                f"use `with lcmlora.styled(pipe, {styles})`, in which the others wait."
             )
         try:
             if (why := why_not_fast(pipe, record)) and why not in record.told:
@@ -54,14 +55,14 @@ def _encode(pipe: Any, encode_prompt: Any, args: tuple[Any, ...], kwargs: Any) -
 def _saving(pipe: Any) -> None:
     """Say what `save_pretrained` makes of an accelerated pipe."""
     record = pipe_record_of(pipe)
-    if record is None or record.baked:
+    if record is None:
         return
     merged = all(module.content.merged for module in record.modules.values() if module.content.touched)
     what = "with the LCM-LoRA in it, and nothing that says so"
     what = what if merged else "with PEFT's names, which no loader takes"
     warn(
-        f"save_pretrained writes this pipe {what}: lcmlora.bake(pipe, folder) writes one that knows how it is called; "
-        "lcmlora.restore(pipe) first, and it is written as it was."
+        f"save_pretrained writes this pipe {what}: lcmlora.bake(pipe, folder) writes one that knows how it is called"
+        + ("." if record.baked else "; lcmlora.restore(pipe) first, and it is written as it was.")
     )
 
 

@@ -12,9 +12,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
-    AutoPipelineForImage2Image,
-    AutoPipelineForInpainting,
-    AutoPipelineForText2Image,
     DiffusionPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -29,15 +26,10 @@ from . import pocket
 from .baking import load_baked
 from .compat import bars_hidden, set_name_or_path
 from .errors import PipelineError
+from .kinds import as_kind
 from .lora.sources import REPOSITORY
 from .transition.snapshot import read_baked
 
-KINDS: Mapping[str, Any] = {
-    "text2img": AutoPipelineForText2Image,
-    "img2img": AutoPipelineForImage2Image,
-    "inpaint": AutoPipelineForInpainting,
-}
-"""What a pipeline may be for, and who makes one of another."""
 _CHECKPOINTS = (".safetensors", ".ckpt")
 _EXPECTED = (
     "a pipeline's folder, a repository id like 'owner/name', a .safetensors or .ckpt checkpoint, 'pocket' or "
@@ -168,20 +160,6 @@ def _shapes(path: Path) -> Mapping[str, torch.Tensor]:
         return found
     with safe_open(path, "pt") as file:
         return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
-
-
-def as_kind(pipe: Any, kind: str, **parts: Any) -> Any:
-    """A pipeline for something else, of the same parts where no others are given.
-
-    Raises:
-        PipelineError: there is no such kind, or no pipeline of it for these parts.
-    """
-    if kind not in KINDS:
-        raise PipelineError(f"kind={kind!r}: one of {', '.join(KINDS)} is expected.")
-    try:
-        return KINDS[kind].from_pipe(pipe, **parts)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise PipelineError(f"there is no {kind} pipeline for a {type(pipe).__name__}: {error}") from error
 
 
 def as_class(pipe: Any, name: str) -> Any:

@@ -28,7 +28,7 @@ from .transition.records import (
     put,
     stands_for,
 )
-from .transition.snapshot import Component, Snapshot
+from .transition.snapshot import Component, Snapshot, baked_into
 from .transition.target import PipeSettings, Target
 from .transition.transaction import Undo
 from .transition.verification import (
@@ -126,11 +126,16 @@ def plan_for(now: Snapshot, target: Target, anew: Collection[str]) -> Plan:
 
 
 def require_unshared(pipe: Any) -> None:
-    """Refuse a pipe that can't be without the LCM-LoRA, as another one that does not wait for it has it.
+    """Refuse a pipe that can't be without the LCM-LoRA: it was baked, or another one that does not wait for it has it.
 
     Raises:
         PipelineError: it is so.
     """
+    if baked_into(pipe) is not None:
+        raise PipelineError(
+            "this pipe was baked: there is no base, the pipe without the LCM-LoRA, to compare it with. "
+            "lcmlora.sweep(lcmlora.load_baked(folder), prompt, x={'steps': (2, 4, 8)}) draws and times it alone."
+        )
     mine, record = pipe_record_of(pipe), module_record_of(unet_of(pipe))
     if mine is None and record is not None and record.pipes:
         raise PipelineError(
@@ -259,9 +264,14 @@ def _pipe_record(
         put(scheduler, StandIn(found.scheduler, now.unet.module))
     made = Shell(old.made.cls if old else calls.governed(found.cls, HOOKS), scheduler, vae, here.fused)
     record = PipeRecord(weakref.ref(pipe), settings, modules, found, made)
+    carry_over(record, old)
+    return record
+
+
+def carry_over(record: PipeRecord, old: PipeRecord | None) -> None:
+    """Give a pipe's new record what goes on from its old one: the call under way, the prompts that are remembered."""
     if old is not None:
         record.running = old.running  # a call of this pipe may be running in this very thread
-    if settings.cache_prompts:
-        same = old is not None and old.settings.cache_prompts == settings.cache_prompts
-        record.cache = old.cache if same and old is not None else PromptCache(settings.cache_prompts)
-    return record
+    if count := record.settings.cache_prompts:
+        same = old is not None and old.settings.cache_prompts == count
+        record.cache = old.cache if same and old is not None else PromptCache(count)

@@ -13,7 +13,8 @@ from .layers import ModuleIndex, unet_of
 from .lora.adapters import Adapters
 from .lora.merge import weight_in
 from .policy import Policy
-from .transition.records import Applied, ModuleRecord, module_record_of, pipe_record_of
+from .recipe import LCM
+from .transition.records import Applied, ModuleRecord, baked_of, module_record_of, pipe_record_of
 from .transition.snapshot import COMPONENTS
 from .transition.target import Strength
 
@@ -39,6 +40,7 @@ class Status:
         guidance: what a call gets that passes none; None if not accelerated, or left to the caller.
         keep: where the merged layers' originals are: "memory", "disk", "source" or None.
         kept_bytes: how many bytes they take there; with "source", those that are not in a file and wait in memory.
+        baked: whether `load_baked` loaded it, or the pipe that it shares the UNet with: the LoRAs are in its file.
     """
 
     accelerated: bool
@@ -55,6 +57,7 @@ class Status:
     guidance: float | None
     keep: str | None
     kept_bytes: int
+    baked: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for a picture's metadata."""
@@ -76,8 +79,8 @@ def status(pipe: Any) -> Status:
     if not isinstance(unet, nn.Module):
         raise PipelineError(f"{type(pipe).__name__} has no UNet.")
     mine, record = pipe_record_of(pipe), module_record_of(unet)
-    if mine is not None and mine.baked:
-        return _baked(mine.baked["merged"], mine.settings.policy, type(pipe.scheduler).__name__)
+    if (written := baked_of(pipe)) is not None:
+        return _baked(written["merged"], mine.settings.policy if mine else None, pipe)
     applied = record.applied if record else None
     models = {name: model for name in COMPONENTS if isinstance(model := unet_of(getattr(pipe, name, None)), nn.Module)}
     models["unet"] = unet
@@ -101,14 +104,19 @@ def status(pipe: Any) -> Status:
         guidance=policy.guidance if policy else None,
         keep=record.originals.keep if record and fused else None,
         kept_bytes=sum(found.originals.bytes for m in models.values() if (found := module_record_of(m))),
+        baked=False,
     )
 
 
-def _baked(merged: Mapping[str, Any], policy: Policy, scheduler: str) -> Status:
+def _baked(merged: Mapping[str, Any], policy: Policy | None, pipe: Any) -> Status:
     """What stands in the file that `bake` wrote."""
     base, licence, lora, weight, styles = (merged.get(key) for key in ("base", "licence", "lora", "weight", "styles"))
-    recipe, call = policy.recipe.name, (policy.steps, policy.guidance)
-    return Status(True, base, recipe, licence, lora, weight, True, styles or {}, {}, scheduler, *call, None, 0)
+    recipe, scheduler = merged.get("recipe") or LCM.name, type(getattr(pipe, "scheduler", None)).__name__
+    steps, guidance = (policy.steps, policy.guidance) if policy else (None, None)
+    there, fast = styles or {}, policy is not None
+    return Status(
+        fast, base, recipe, licence, lora, weight, True, there, {}, scheduler, steps, guidance, None, 0, baked=True
+    )
 
 
 def _licence(applied: Applied) -> str | None:

@@ -435,5 +435,6 @@ def test_A9_a_baked_folder_says_what_it_is(make, tmp_path):
         lcmlora.accelerate(baked, lora=lcm)
     with pytest.raises(PipelineError, match="baked"):
         lcmlora.restore(baked)
-    with pytest.raises(PipelineError, match="baked"):
-        lcmlora.set_styles(baked, {})
+    assert lcmlora.set_styles(baked, {}) is baked  # it has none
+    with pytest.raises(PipelineError, match="was baked without styles"):
+        lcmlora.set_styles(baked, {"ink": lcm})

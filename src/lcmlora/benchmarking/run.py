@@ -92,9 +92,12 @@ def benchmark(
         began = clock()
         pipe = _loaded(pipe, load or {})
         load_seconds = clock() - began
-    if is_accelerated(pipe):
-        raise PipelineError("benchmark needs the pipe as it was: lcmlora.restore(pipe) first.")
     require_unshared(pipe)
+    if is_accelerated(pipe):
+        raise PipelineError(
+            "benchmark needs the pipe as it was: lcmlora.restore(pipe) first. lcmlora.compare(pipe, prompt) times an "
+            "accelerated one with and without the LCM-LoRA, and leaves it accelerated."
+        )
     calls = Calls.of(pipe, prompt, seed, _several(batch_sizes), {**(call or {}), **more})
     said = _settings(accelerate or {}, _several(recipes), _several(fused))
     states = states_of(pipe, calls, _pair(steps), base_guidance, said, own_steps=bool(recipes))

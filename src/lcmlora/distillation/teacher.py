@@ -20,7 +20,7 @@ from ..lora.originals import Originals
 from ..lora.sources import Given, HubOptions
 from ..state import is_accelerated
 from ..transition.plan import style_loras
-from ..transition.snapshot import Snapshot
+from ..transition.snapshot import Snapshot, baked_into
 from ..transition.target import Style, check_weight
 from .config import DistillConfig
 from .solver import Solver
@@ -137,6 +137,8 @@ def judge(pipe: Any, settings: DistillConfig) -> None:
 def _judge_weights(pipe: Any) -> None:
     """Refuse weights that can't be learned from as they are."""
     unet: Any = pipe.unet
+    if baked_into(pipe) is not None:
+        raise PipelineError("the teacher was baked: an LCM-LoRA is in its weights. Give the model it was baked from.")
     if is_accelerated(pipe):
         raise PipelineError("the teacher is accelerated: call lcmlora.restore(pipe) first.")
     if compat.uncompiled(unet) is not unet:

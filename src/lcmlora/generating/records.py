@@ -139,7 +139,7 @@ def _accelerated(pipe: Any, record: PipeRecord) -> dict[str, Any]:
     """How the pipe was accelerated, as arguments of `accelerate`."""
     settings = record.settings
     if record.baked:
-        return {"baked": True}
+        return {"baked": True, "enforce_inference_steps": settings.policy.enforce_inference_steps}
     applied = record.unet.applied
     assert applied is not None
     vae = settings.vae if settings.vae is None or isinstance(settings.vae, str | os.PathLike) else "a module"

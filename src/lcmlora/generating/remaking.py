@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from .. import loading, pictures
-from ..acceleration import accelerated
+from ..acceleration import accelerate, accelerated, as_it_was
 from ..calls import plain
 from ..devices import device_of
 from ..errors import DataError, LcmLoraWarning, LoraFileError, PipelineError
 from ..lora.sources import LoraFile, Source
 from ..parameters import as_weight
 from ..pictures import file_digest
-from ..transition.records import pipe_record_of
+from ..transition.records import baked_of, pipe_record_of
 from ..transition.target import Style
 from ..warn import warn
 from .loop import drawn
@@ -51,11 +51,12 @@ def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
     _check_record(picture, record)
     _check_can_be_made(picture, record, pipe is not None)
     row = _row(record)
-    how = _how(record)
+    baked, how = _was_baked(record), _how(record)
     if pipe is None:
         pipe = _load(record)
-    elif (now := pipe_record_of(pipe)) and not (now.baked and (record["accelerated"] or {}).get("baked")):
-        raise PipelineError("again needs the pipe as it was: lcmlora.restore(pipe) first.")
+    elif (now := pipe_record_of(pipe)) and not (now.baked and baked):
+        what = "one that was not baked drew it." if now.baked else "lcmlora.restore(pipe) first."
+        raise PipelineError(f"again needs the pipe as it was: {what}")
     if plain(type(pipe)).__name__ != record["pipeline"]:
         raise PipelineError(f"{picture} was made by a {record['pipeline']}, and this is a {type(pipe).__name__}.")
     if fingerprint(pipe) != record["fingerprint"]:
@@ -63,6 +64,10 @@ def again(picture: str | os.PathLike[str], pipe: Any = None) -> Image.Image:
     _warn_of_differences(record, device_of(pipe).type)
     with ExitStack() as stack:
         stack.enter_context(_scheduled(pipe, record["scheduler"]))
+        if baked and baked_of(pipe) is not None:  # else plain diffusers loaded it
+            stack.enter_context(as_it_was(pipe))
+            steps = record["accelerated"].get("enforce_inference_steps", True)
+            accelerate(pipe, enforce_inference_steps=steps)
         if how is not None:
             with _file_is_known():
                 stack.enter_context(accelerated(pipe, **how))
@@ -114,7 +119,7 @@ def _check_can_be_made(picture: Any, record: Mapping[str, Any], given: bool) -> 
     styles = record["status"]["styles"] if record["status"] else ()  # no status without a UNet
     nowhere = [name for name in styles if not record["loras"].get(name, {}).get("sha256")]
     nowhere += [name for name, one in record["loras"].items() if not one["sha256"] and name not in nowhere]
-    if nowhere and not (record["accelerated"] or {}).get("baked"):
+    if nowhere and not _was_baked(record) and not (record["status"] or {}).get("baked"):
         raise DataError(f"{picture} was made with LoRAs that came from no file that is known: {', '.join(nowhere)}.")
     for name, one in record["files"].items():
         path = Path(one["path"])
@@ -122,6 +127,11 @@ def _check_can_be_made(picture: Any, record: Mapping[str, Any], given: bool) -> 
             raise DataError(f"{name} {path} is gone: put it back.")
         if file_digest(path) != one["sha256"]:
             raise DataError(f"{name} {path} is not what it was: its SHA-256 began with {one['sha256'][:12]}.")
+
+
+def _was_baked(record: Mapping[str, Any]) -> bool:
+    """Whether the pipe was a baked one, with its call defaults."""
+    return bool((record["accelerated"] or {}).get("baked"))
 
 
 def _row(record: Mapping[str, Any]) -> Row:
@@ -133,7 +143,7 @@ def _row(record: Mapping[str, Any]) -> Row:
 
 def _how(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The arguments of `accelerate`, with the files that have the digests of the record."""
-    if record["accelerated"] is None or record["accelerated"].get("baked"):
+    if record["accelerated"] is None or _was_baked(record):
         return None
     base = record["status"]["base"]
     how = {name: record["accelerated"][name] for name in _HOW if name in record["accelerated"]}

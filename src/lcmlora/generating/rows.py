@@ -268,8 +268,10 @@ _NOT_YET = "not checked yet"
 def why_not(pipe: Any, styles: Mapping[str, Any]) -> str:
     """Why the pipe can't have these styles; empty where it can."""
     record = pipe_record_of(pipe)
-    if record is None or record.baked:
+    if record is None:
         return "styles are an accelerated pipe's; lcmlora.accelerate(pipe) first."
+    if record.baked:
+        return "this pipe was baked: its styles are in its weights, and none can be given."
     with warnings.catch_warnings():  # set_styles warns itself
         warnings.simplefilter("ignore", LcmLoraWarning)
         try:

@@ -25,13 +25,13 @@ from ..calls import plain
 from ..compat import progress_bar_config
 from ..devices import device_of, hardware, synchronize
 from ..errors import CallError, LcmLoraError, PipelineError, brief
+from ..kinds import as_kind
 from ..layers import unet_of
-from ..loading import as_kind
 from ..parameters import Parameters
 from ..quiet import TEXT_ENCODERS, hushed
 from ..recipe import Recipe
 from ..state import is_accelerated, status
-from ..transition.records import module_record_of, pipe_record_of
+from ..transition.records import baked_of, module_record_of, pipe_record_of
 from ..transition.target import Style
 from .scene import Choice, Drawn, Scene
 
@@ -393,6 +393,8 @@ def _require_drawing(pipe: Any, settings: Mapping[str, Any]) -> Parameters:
         name = type(pipe).__name__
         raise PipelineError(f"a {name} does not draw pictures from texts: a text-to-image pipeline is expected.")
     record = pipe_record_of(pipe)
+    if record is None and baked_of(pipe) is not None:
+        raise PipelineError("this pipe was baked: lcmlora.accelerate(pipe) first gives it its call defaults.")
     if record is not None and not record.baked:
         raise PipelineError("this pipe is accelerated already, and the room does that: lcmlora.restore(pipe) first.")
     if record is not None and settings:

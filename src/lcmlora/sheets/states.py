@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 
 from ..acceleration import accelerated, rehearse
-from ..errors import CallError, PipelineError, brief
+from ..errors import CallError, brief
 from ..lora.sources import Given
 from ..meanwhile import plainly, varied
 from ..moving import require_originals, require_unshared
@@ -73,8 +73,6 @@ class State:
         if not self.accelerated:
             require_unshared(pipe)
         if not self.accelerated and record is not None:
-            if record.baked:
-                raise PipelineError("this pipe was baked: there is no pipe without the LCM-LoRA to compare with.")
             for module in record.modules.values():
                 require_originals(module, "show the pipe without the LCM-LoRA")
         return record.settings.policy if self.accelerated and record is not None else None

@@ -60,7 +60,7 @@ def make_plan(snapshot: Snapshot, target: Target, anew: Collection[str] = ()) ->
     known = {name: file for name, file in (before.files if before else {}).items() if name not in anew}
     stays = before if target.adapter_name not in anew else None
     recipe, given = _recipe(target, before, stays)
-    base = _base(snapshot, target, recipe)
+    base = _base(snapshot, target, recipe, before)
     recipe = recipe.on(base)
     same_lcm = stays is not None and (base, recipe) == (stays.base, stays.recipe)
     lcm_file = given or (
@@ -95,10 +95,16 @@ def _recipe(target: Target, before: Applied | None, stays: Applied | None) -> tu
         BaseModelError: there is no such recipe. LoraFileError: the file can't be read.
     """
     if target.lora.where is None:
-        return recipes.by_name(target.recipe or (before.recipe.name if before else recipes.LCM.name)), None
+        return _named(target.recipe or (before.recipe.name if before else recipes.LCM.name), before), None
     file = stays.lcm.file if stays and stays.target.lora == target.lora else target.lora.find(target.hub)
     name = target.recipe or read(file).recipe or (before.recipe.name if before else recipes.LCM.name)
-    return recipes.by_name(name), file
+    return _named(name, before), file
+
+
+def _named(name: str, before: Applied | None) -> Recipe:
+    """The recipe of that name; the one that is in use also where it was unregistered since."""
+    gone = before is not None and before.recipe.name == name and all(name != one.name for one in recipes.recipes())
+    return before.recipe if before is not None and gone else recipes.by_name(name)
 
 
 def _own_weight(base: bases.Base | None, recipe: Recipe) -> float:
@@ -152,11 +158,14 @@ def _warn_if_doubtful(snapshot: Snapshot, recipe: Recipe) -> None:
         warn(f"this pipe has {adapter}, and {recipe.title} costs likeness: {recipe.likeness}.")
 
 
-def _base(snapshot: Snapshot, target: Target, recipe: Recipe) -> bases.Base | None:
+def _base(snapshot: Snapshot, target: Target, recipe: Recipe, before: Applied | None) -> bases.Base | None:
     """The base found and, where one is named, that it is the one. None: a UNet and LoRA of their own."""
+    used = before.base if before is not None else None
     has_motion = snapshot.unet.index.has_motion
     if recipe.motion and not has_motion:
         raise BaseModelError(f"recipe={recipe.name!r} is for UNets with motion modules (AnimateDiff), this has none.")
+    if used is not None and target.base in ("auto", used.name) and used not in bases.bases():
+        return used  # it was unregistered since
     if target.base != "auto":
         return bases.check_named(target.base, snapshot.structure, has_motion)
     found = bases.find_base(snapshot.structure)

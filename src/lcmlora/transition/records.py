@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -123,8 +123,9 @@ class _Unpicklable:
     """A record is about objects of this process."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        first = "" if getattr(self, "baked", None) else "lcmlora.restore(pipe) first, or "
         raise PipelineError(
-            "an accelerated pipe can't be pickled (torch.save, multiprocessing): lcmlora.restore(pipe) first, or "
+            f"an accelerated pipe can't be pickled (torch.save, multiprocessing): {first}"
             "lcmlora.bake(pipe, folder) and load the folder there."
         )
 
@@ -242,7 +243,7 @@ class PipeRecord(_Unpicklable):
         made: what it was made.
         running: held by the thread that calls the pipe.
         told: what a call has warned of already.
-        baked: what `bake` wrote of the folder that the pipe was loaded from; None where it was accelerated.
+        baked: what `bake` wrote of the folder that its models were loaded from; None where lcmlora merged them.
         gate: calls and changes of the UNet wait for each other there.
         cache: what the text encoders made of the last prompts; None where nothing is remembered.
     """
@@ -261,6 +262,8 @@ class PipeRecord(_Unpicklable):
     def __post_init__(self) -> None:
         if self.modules:
             self.gate = self.unet.gate
+        elif self.baked is not None and (noted := _noted(self.owner())) is not None:
+            self.gate = noted.gate
 
     @property
     def unet(self) -> ModuleRecord:
@@ -268,6 +271,9 @@ class PipeRecord(_Unpicklable):
         return self.modules["unet"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipeRecord:
+        pipe: Any = self.owner()
+        if (noted := _noted(pipe)) is not None:
+            note_baked(deepcopy(compat.uncompiled(pipe.unet), memo), noted.written)  # the copied pipe's
         names = ("settings", "modules", "found", "made", "baked")
         return PipeRecord(self.owner, **{name: deepcopy(getattr(self, name), memo) for name in names})
 
@@ -297,6 +303,33 @@ def _adopt(pipe: Any, record: PipeRecord) -> PipeRecord:
         module.pipes.add(pipe)
     pipe.__dict__[RECORD] = mine
     return mine
+
+
+class _Baked(NamedTuple):
+    """What `bake` wrote of a UNet's folder, and where its calls and changes wait."""
+
+    written: Mapping[str, Any]
+    gate: Gate
+
+
+_baked: weakref.WeakKeyDictionary[Any, _Baked] = weakref.WeakKeyDictionary()
+"""The UNets of baked pipes, so that pipes which share one know it, with the folder gone too."""
+
+
+def note_baked(unet: Any, written: Mapping[str, Any]) -> None:
+    """Note of a UNet what `bake` wrote of the folder that it was loaded from."""
+    _baked[compat.uncompiled(unet)] = _Baked(written, Gate())
+
+
+def baked_of(pipe: Any) -> Mapping[str, Any] | None:
+    """What `bake` wrote of the folder from which `load_baked` loaded the pipe's UNet, with it or another pipe."""
+    noted = _noted(pipe)
+    return noted.written if noted is not None else None
+
+
+def _noted(pipe: Any) -> _Baked | None:
+    unet = compat.uncompiled(getattr(pipe, "unet", None))
+    return _baked.get(unet) if isinstance(unet, nn.Module) else None
 
 
 class StandIn:

@@ -19,7 +19,7 @@ from ..errors import PipelineError, how_to_load
 from ..layers import ModuleIndex
 from ..lora.adapters import Adapters
 from ..lora.merge import Lora
-from .records import ModuleRecord, PipeRecord, copied_from, module_record_of, pipe_record_of, stands_for
+from .records import ModuleRecord, PipeRecord, baked_of, copied_from, module_record_of, pipe_record_of, stands_for
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = ("unet", *TEXT_ENCODERS)
@@ -176,13 +176,16 @@ def _full_lcm(snapshot: Snapshot) -> str | None:
 
 
 def baked_into(pipe: Any) -> Mapping[str, Any] | None:
-    """What `bake` wrote of the folder that a pipe, or its UNet, was loaded from; None where it was not baked."""
-    for thing in (pipe, getattr(pipe, "unet", None)):
-        if source := compat.name_or_path(compat.uncompiled(thing)):
-            for folder in (Path(source), Path(source).parent):
-                if written := read_baked(folder):
-                    return written
-    return None
+    """What `bake` wrote of the folder that a pipe's UNet was loaded from; None where LCM was not baked into it.
+
+    Beside `baked_of` also where plain diffusers loaded it, as far as the folder is still what it was.
+    """
+    known, unet = baked_of(pipe), compat.uncompiled(getattr(pipe, "unet", None))
+    if known is not None or module_record_of(unet) is not None:
+        return known
+    source = compat.name_or_path(unet) or compat.name_or_path(pipe)  # a UNetMotionModel forgets its own
+    places = (Path(source), Path(source).parent) if source else ()
+    return next((written for folder in places if (written := read_baked(folder)) is not None), None)
 
 
 def read_baked(folder: Path) -> Mapping[str, Any] | None:
@@ -196,13 +199,16 @@ def read_baked(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _baked(snapshot: Snapshot) -> str | None:
-    written = snapshot.record.baked if snapshot.record else None
-    written = written or (baked_into(snapshot.pipe) if snapshot.unet.record is None else None)
-    if written is None:
-        return None
+    written = baked_into(snapshot.pipe)
+    return None if written is None else already_in(written)
+
+
+def already_in(written: Mapping[str, Any]) -> str:
+    """That a few-step LoRA is in a pipe which was baked, and what to type."""
     return (
         f"LCM is merged into this pipe already: lcmlora baked it, says {BAKED} beside it ({written['merged']}). It "
-        "needs no acceleration: lcmlora.load_baked(folder) loads it with its call defaults."
+        "needs no acceleration: lcmlora.load_baked(folder) loads it with its call defaults, and "
+        "load_baked(folder, kind='img2img') as another pipeline."
     )
 
 
@@ -279,6 +285,16 @@ _RULES = (
     _fused_by_hand,
     _not_in_memory,
 )
+
+
+def check_drivable(snapshot: Snapshot) -> None:
+    """Refuse a pipe whose calls no few-step scheduler can drive, whatever is in its weights.
+
+    Raises:
+        PipelineError: with the reason.
+    """
+    if why := _not_drivable(snapshot):
+        raise PipelineError(why)
 
 
 def check_rules(snapshot: Snapshot) -> None:

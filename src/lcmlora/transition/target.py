@@ -128,8 +128,6 @@ class Target:
             raise BaseModelError(
                 f"{self.base!r} is a recipe, not a base: type accelerate(pipe, recipe={self.base!r})."
             )
-        if self.recipe is not None:
-            recipes.by_name(self.recipe)
         if self.fuse not in ("auto", True, False):
             raise PipelineError(f"fuse={brief(self.fuse)}: 'auto', True or False is expected.")
         if self.keep not in KEEPS:

@@ -14,7 +14,7 @@ from ..layers import INSIDE
 from ..lora.adapters import unit_scale
 from ..lora.merge import FileLora, Lora, Weight, parameter_of
 from ..warn import warn
-from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, module_record_of, parameters_of
+from .records import AS_FOUND, LOST, UNKNOWN, ModuleRecord, PipeRecord, baked_of, module_record_of, parameters_of
 from .snapshot import Component, not_in_memory
 
 _PROBES = 6
@@ -217,6 +217,8 @@ def warn_of_lost_adapters(component: Component) -> None:
 
 def why_not_fast(pipe: Any, record: PipeRecord) -> str | None:
     """What keeps the LCM-LoRA from working in a call, in words; None where nothing does. Cheap: a few layers."""
+    if record.baked is not None and baked_of(pipe) is None:
+        return "pipe.unet is not the one that was baked, and nothing says that the LCM-LoRA is in it"
     for name, module in record.modules.items():
         if name != "unet" and not module.content.touched:
             continue
