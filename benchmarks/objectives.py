@@ -2,7 +2,7 @@
 
     python benchmarks/objectives.py train WORK [NAME ...]   # every run of RUNS, two seeds; resumes what was stopped
     python benchmarks/objectives.py train-styled WORK       # style and few steps in one file
-    python benchmarks/objectives.py measure WORK            # the figures, to benchmarks/results/objectives.json
+    python benchmarks/objectives.py measure WORK [PART ...] # the figures, to benchmarks/results/objectives.json
     python benchmarks/objectives.py page                    # the table of docs/distillation.md from them
 
 On the embedded model, from prompts alone. The figures, of held-out prompts, against its own 50 steps:
@@ -188,9 +188,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {  # about 100 CPU seconds each; the cache is shared
     "lcm, 1e-3": {"preset": "lcm", "learning_rate": 1e-3, "steps": 160},
-    "lcm, 3e-3": {"preset": "lcm", "learning_rate": 3e-3, "steps": 160},
     "schedule": {"preset": "schedule", "learning_rate": 1e-3, "steps": 240},
-    "paths, 1e-3": {"preset": "paths", "learning_rate": 1e-3, "steps": 320},
     "paths, 3e-3": {"preset": "paths", "learning_rate": 3e-3, "steps": 320},
     "paths, then schedule": {
         "preset": "paths",
@@ -260,13 +258,20 @@ def measure_styled(work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(work: Path) -> None:
-    """The figures of every run and of the file in the package; those that were measured before are kept."""
+PARTS = {"base": ("base", TEST), "chalk": ("chalk", TEST), "choice": ("base", CHOICE)}
+
+
+def measure(work: Path, parts: list[str]) -> None:
+    """The figures of every run; those that were measured before are kept.
+
+    Args:
+        work: where the runs are.
+        parts: of PARTS, and "style"; empty for all.
+    """
     files = {(name, seed): output_of(work, name, seed) / WEIGHT_NAME for name in RUNS for seed in SEEDS}
-    files[SHIPPED, 0] = pocket.MODEL / "lcm-lora" / WEIGHT_NAME
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
     done = {(row["run"], row["seed"], row["part"], row["prompts"]) for row in rows}
-    for part, prompts in (("base", TEST), ("chalk", TEST), ("base", CHOICE)):
+    for part, prompts in (found for name, found in PARTS.items() if name in parts or not parts):
         said = {"part": part, "prompts": "table" if prompts == TEST else "choice"}
         left = {k: file for k, file in files.items() if file.exists() and (*k, *said.values()) not in done}
         if not left:
@@ -281,7 +286,7 @@ def measure(work: Path) -> None:
                         row = {"run": name, "seed": seed, "scheduler": scheduler, "steps": steps, **said}
                         rows.append({**row, **judge.figures(num_inference_steps=steps, **call)})
                         print(rows[-1], flush=True)
-    if (work / "styled" / WEIGHT_NAME).exists() and not any(row["part"] == "style" for row in rows):
+    if ("style" in parts or not parts) and not any(row["part"] == "style" for row in rows):
         rows += measure_styled(work)
     costs = {
         f"{name}, {seed}": json.loads((file.parent / "cost.json").read_text())["cpu_seconds"]
@@ -291,7 +296,6 @@ def measure(work: Path) -> None:
     RESULTS.write_text(json.dumps({"rows": rows, "cpu_seconds": costs}, indent=1), encoding="utf-8")
 
 
-SHIPPED = "the file in the package"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -333,7 +337,7 @@ def main() -> None:
     elif command == "train-styled":
         train_styled(Path(rest[0]))
     elif command == "measure":
-        measure(Path(rest[0]))
+        measure(Path(rest[0]), rest[1:])
     elif command == "page":
         page()
     else:

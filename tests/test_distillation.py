@@ -191,7 +191,7 @@ def test_paths_learns_only_what_samplers_ask_for():
     assert (t == 999).float().mean() > 0.1  # every schedule's first step
 
 
-def test_schedule_reaches_what_lies_below_and_near():
+def test_schedule_reaches_what_lies_below_and_half_of_it_near():
     with students(sd_pipe(), objective="schedule", points="paths") as student:
         grid, seen = paths.grid(), []
         noisy = Solver.noisy
@@ -210,7 +210,10 @@ def test_schedule_reaches_what_lies_below_and_near():
                 student, Batch(conditions, path[:, -1], path, grid), draws
             )
     assert torch.equal(*seen)
-    assert bool(((seen[0] <= s) & (seen[0] >= s - 260)).all())
+    assert bool((seen[0] <= s).all())
+    near = (seen[0] >= s - 260).float().mean()
+    assert 0.5 < near < 0.9
+    assert bool(((seen[0] == 0) & (s > 500)).any())  # as one step goes
     assert loss > 0
 
 
