@@ -236,7 +236,7 @@ def test_the_attention_scale_is_named_for_what_it_does(lcm_file):
 def test_weights_by_block_are_refused(lcm_file):
     """Pitfall 31: PEFT would apply them to a part of an LCM-LoRA's layers only."""
     pipe = sd_pipe()
-    with pytest.raises(lcmlora.LoraFileError, match="no number"):
+    with pytest.raises(lcmlora.CallError, match="no number"):
         lcmlora.accelerate(pipe, lora=lcm_file(pipe), weight={"unet": {"down": 0.5}})
 
 
