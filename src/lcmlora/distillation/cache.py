@@ -134,7 +134,7 @@ class Store:
         accelerator.wait_for_everyone()  # all have looked at the same shards
         mine = [place[key] for key in todo[accelerator.process_index :: accelerator.num_processes]]
         shard: dict[str, Entry] = {}
-        bar = tqdm(total=len(mine), desc=f"caching {self.kind}", disable=not (progress and mine), unit="")
+        bar = tqdm(total=len(mine), desc=f"caching {self.kind}", disable=not (progress and mine), unit="it")
         try:
             for begin in range(0, len(mine), batch):
                 places = mine[begin : begin + batch]

@@ -50,7 +50,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "weight_decay": 0.0,
         "ema": 0.99,
     },
-    "paths-lcm": {  # near by `paths` first, then crisp by `lcm` at the higher rate: our table, F and A at 3e-3
+    "paths-lcm": {  # near by `paths`, then crisp by `lcm` at the higher rate; too high for the model of our table
         "objective": "paths",
         "then": "lcm",
         "steps": 1000,
