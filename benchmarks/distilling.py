@@ -11,7 +11,8 @@ all: pictures, batch, rank, fixed w, loss, learning rate, float32, one thread.
 Each run is a process of its own, at two lengths, and a step's cost is their difference. What is left of the shorter
 run is `start`: loading, what is computed once and kept (both lengths see all pictures, so that it is the same), our
 checks of the file before the first step and at the end. Both draw pictures at their end, the script 16 by a second
-pipeline, ours a validation sheet. Rows that are called bare are without. The paths are drawn once, before.
+pipeline, ours a validation sheet. Rows that are called bare are without. The paths, those of the sheet too, are drawn
+once, before.
 Turns are interleaved. Memory is the whole process's greatest resident set. A busy machine makes CPU seconds too high,
 and not evenly so: measure on one that has nothing else to do.
 """
@@ -207,7 +208,7 @@ def main() -> None:
                 rows[f"lcmlora {objective}" + ", bare" * bare] = functools.partial(
                     lambda count, out, kind, bare: ours(kind, place, count, out, bare), kind=objective, bare=bare
                 )
-        once, again = (run(ours("paths", place, 1, place / f"once-{n}", True), place / "log.txt") for n in range(2))
+        once, again = (run(ours("paths", place, 1, place / f"once-{n}", False), place / "log.txt") for n in range(2))
         result = measure(rows, place, args.steps, args.turns)
     settings = {"steps": args.steps, "batch": BATCH, "rank": RANK, "resolution": RESOLUTION}
     save("distilling", {**settings, "rows": result, "paths_once": once.seconds - again.seconds})
