@@ -344,10 +344,19 @@ def styled(pipe: Pipe, styles: Styles) -> Iterator[Pipe]:
     record = pipe_record_of(pipe)
     if record is None:
         raise PipelineError("styled changes an accelerated pipe for a while; lcmlora.accelerate(pipe) first.")
-    with record.gate.changing(), as_it_was(pipe):
+    with kept(pipe):
         if not record.baked or styles != {}:
             set_styles(pipe, styles)
         yield pipe
+
+
+@contextmanager
+def kept(pipe: Any) -> Iterator[None]:
+    """An accelerated pipe for this thread alone; whatever a block makes of it, afterwards it is what it was."""
+    record = pipe_record_of(pipe)
+    assert record is not None, "the pipe is accelerated"
+    with record.gate.changing(), as_it_was(pipe):
+        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 
 from .compat import PROMPT_ENCODERS
-from .errors import CallError
+from .errors import CallError, PipelineError, how_to_load
 from .parameters import Parameters
 from .policy import Policy as Policy
 from .policy import steps_at_strength as steps_at_strength
@@ -106,6 +106,17 @@ def governed(cls: type, hooks: Hooks) -> type:
 def plain(cls: type) -> type:
     """The class itself, or the one that a governed class was made from."""
     return getattr(cls, _PLAIN, cls)
+
+
+def parameters_of(pipe: Any) -> Parameters:
+    """What the call of a pipe takes.
+
+    Raises:
+        PipelineError: it has none.
+    """
+    if not callable(pipe):
+        raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws{how_to_load(pipe)}.")
+    return Parameters.of(plain(type(pipe)), "__call__")
 
 
 def _rebuild(cls: type, hooks: Hooks) -> Any:

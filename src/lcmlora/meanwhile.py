@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .acceleration import accelerate, alone, as_it_was
+from .acceleration import accelerate, alone, kept
 from .errors import PipelineError
 from .moving import require_originals
 from .transition import transaction
@@ -20,9 +20,7 @@ from .transition.verification import check_as_left, check_way_back
 @contextmanager
 def varied(pipe: Any, settings: Mapping[str, Any]) -> Iterator[Any]:
     """An accelerated pipe with other settings, for this thread alone; afterwards it is what it was."""
-    record = pipe_record_of(pipe)
-    assert record is not None, "the pipe is accelerated"
-    with record.gate.changing(), as_it_was(pipe):
+    with kept(pipe):
         accelerate(pipe, **settings)
         yield pipe
 

@@ -162,6 +162,14 @@ class Parameters:
             near = [key for key in (self.steps, self.guidance) if key and name in key]
             yield name, near[0] if near else near_match(name, (*also, *self.defaults))
 
+    def refuse(self, name: str, near: str) -> NoReturn:
+        """Say that the method takes no argument of that name.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{self.owner}'s call takes no argument {name!r}.{meant(name, near)}")
+
 
 def as_weight(value: Any) -> float | None:
     """A number as a plain float, numpy's and torch's too; None for everything else."""
@@ -200,8 +208,7 @@ def refuse(name: str, owner: str, near: str) -> NoReturn:
     Raises:
         TypeError: always.
     """
-    hint = meant(name, near) if owner.endswith("'s call") else f" Is {near} meant?" * bool(near)
-    raise TypeError(f"{owner} takes no argument {name!r}.{hint}")
+    raise TypeError(f"{owner} takes no argument {name!r}.{f' Is {near} meant?' if near else ''}")
 
 
 def meant(name: str, near: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..acceleration import accelerated
-from ..calls import plain
+from ..calls import parameters_of
 from ..compat import name_or_path, uncompiled
 from ..devices import PeakMemory, device_of, synchronize
 from ..errors import CallError, PipelineError, brief
@@ -61,9 +61,7 @@ class Calls:
             PipelineError: the pipe can't be called with a number of steps. CallError: batches that can't be.
             TypeError: arguments that its call has not, or that are `benchmark`'s own.
         """
-        if not callable(pipe):
-            raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws.")
-        takes = Parameters.of(plain(type(pipe)), "__call__")
+        takes = parameters_of(pipe)
         if takes.steps is None:
             raise PipelineError(f"{takes.owner}'s call takes no number of steps, so there is nothing to compare.")
         own = {takes.steps: "steps=(accelerated, base)", "generator": "seed", "prompt": "prompt"}
@@ -71,7 +69,7 @@ class Calls:
             refuse(name, "benchmark's call=", own[name])
         for name, near in takes.unknown({*common, *(() if prompt is None else ("prompt",))}):
             settings = inspect.signature(accelerated).parameters
-            refuse(name, f"{takes.owner}'s call", f"accelerate={{{name!r}: ...}}" if name in settings else near)
+            takes.refuse(name, f"accelerate={{{name!r}: ...}}" if name in settings else near)
         found = tuple(whole("batch_sizes", batch) for batch in batches)
         if prompt is not None and not is_text(prompt):
             raise CallError(f"prompt={brief(prompt)}: one text is expected.")

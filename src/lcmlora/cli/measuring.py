@@ -39,6 +39,10 @@ def _sheet_options(function: Any) -> Any:
     return function
 
 
+def _base_guidance(sheet: dict[str, Any], model: Model) -> float | None:
+    return model.guidance if sheet["base_guidance"] is None else sheet["base_guidance"]
+
+
 @command()
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--x", type=Axis(), required=True, help="Along a line: steps, guidance, weight, seed, recipe, ...")
@@ -71,7 +75,7 @@ def sweep(
     pipe = speed.apply(model.load(say, call.kind), model.local_files_only)
     more = {"seed": sheet["seed"]} if sheet["seed"] is not None else {}
     axes = {"x": dict([x]), "y": dict([y]) if y else None}
-    guidance = model.guidance if sheet["base_guidance"] is None else sheet["base_guidance"]
+    guidance = _base_guidance(sheet, model)
     base = without and (True if guidance is None else {"guidance": guidance})
     from ..sheets import sweep
 
@@ -123,7 +127,7 @@ def compare(
     if model.local_files_only:
         said["local_files_only"] = True
     given = {"base_steps": base_steps, "lcm_steps": lcm_steps, "seed": sheet["seed"], "recipes": _names(recipes)}
-    given["base_guidance"] = model.guidance if sheet["base_guidance"] is None else sheet["base_guidance"]
+    given["base_guidance"] = _base_guidance(sheet, model)
     given = {name: value for name, value in given.items() if value is not None}
     from ..sheets import compare
 

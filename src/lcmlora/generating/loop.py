@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 
 from .. import pictures
-from ..acceleration import as_it_was, set_styles
-from ..calls import plain
+from ..acceleration import kept, set_styles
+from ..calls import parameters_of
 from ..devices import device_of
-from ..errors import CallError, DataError, LcmLoraError, PipelineError, brief, how_to_load
-from ..parameters import Parameters, spelled
+from ..errors import CallError, DataError, LcmLoraError, PipelineError, brief
+from ..parameters import spelled
 from ..progress import one_bar
 from ..sheets.sheet import Sheet
-from ..transition.records import pipe_record_of
 from ..transition.target import Style
 from ..warn import warn
 from ..writing import in_the_making, require_writable
@@ -147,9 +146,7 @@ def generate(
 
 def _check_pipe(pipe: Any) -> None:
     """Refuse what does not draw single pictures from a generator."""
-    if not callable(pipe):
-        raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws{how_to_load(pipe)}.")
-    takes = Parameters.of(plain(type(pipe)), "__call__")
+    takes = parameters_of(pipe)
     if "num_frames" in takes.defaults or hasattr(pipe, "motion_adapter"):
         raise PipelineError(
             f"{takes.owner} draws films, and generate writes single pictures: call the pipe itself, and "
@@ -236,7 +233,7 @@ class _Run:
         try:
             with (
                 one_bar(self._pipe, len(mine), "pictures", already, not (mine and shown)) as bar,
-                _alone(self._pipe) if styled else nullcontext(),
+                kept(self._pipe) if styled else nullcontext(),
             ):
                 for styles, group in itertools.groupby(batches, key=lambda batch: batch[0].row.styles):
                     self._draw_group(styles, [batch for batch in group if not all(one.there for one in batch)], bar)
@@ -363,12 +360,3 @@ def _tell(failed: Sequence[Failed], count: int) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-@contextmanager
-def _alone(pipe: Any) -> Iterator[None]:
-    """The pipe for this thread alone; whatever styles it gets, afterwards it has those it had."""
-    record = pipe_record_of(pipe)
-    assert record is not None, "styles were found to be possible"
-    with record.gate.changing(), as_it_was(pipe):
-        yield

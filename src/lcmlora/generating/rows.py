@@ -15,9 +15,9 @@ from diffusers.utils import load_image
 from PIL import Image, ImageOps
 
 from ..acceleration import rehearse
-from ..calls import plain
+from ..calls import parameters_of
 from ..errors import DataError, LcmLoraError, LcmLoraWarning, brief
-from ..parameters import Parameters, is_text, meant, whole
+from ..parameters import is_text, meant, whole
 from ..state import status
 from ..transition.records import pipe_record_of
 from ..transition.target import Style
@@ -117,7 +117,7 @@ class Rows:
 
     def __init__(self, pipe: Any, out: Path, folder: Path, call: Mapping[str, Any], styles: Styles) -> None:
         self._pipe, self._out, self._folder = pipe, out, folder
-        self.takes = Parameters.of(plain(type(pipe)), "__call__")
+        self.takes = parameters_of(pipe)
         record = pipe_record_of(pipe)
         self._policy = dataclasses.replace(record.settings.policy) if record else None
         self._call = dict(call)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from .. import pictures
 from ..acceleration import accelerate as accelerate_verb
-from ..calls import plain
-from ..errors import CallError, LcmLoraWarning, PipelineError, brief, how_to_load, near_match
+from ..calls import parameters_of
+from ..errors import CallError, LcmLoraWarning, brief, near_match
 from ..parameters import Parameters, is_text, refuse, whole
 from ..policy import Policy
 from .axes import STATE, Place, call_of, check_given_once, labelled
@@ -146,9 +146,7 @@ def _takes(pipe: Any, asked: Sequence[Mapping[str, Any]], accelerate: Mapping[st
     Raises:
         PipelineError: the pipe can't be called. TypeError: an argument is nobody's. CallError: one is the sheet's own.
     """
-    if not callable(pipe):
-        raise PipelineError(f"{type(pipe).__name__} has no __call__ that draws{how_to_load(pipe)}.")
-    takes = Parameters.of(plain(type(pipe)), "__call__")
+    takes = parameters_of(pipe)
     settings = inspect.signature(accelerate_verb).parameters
     for name in accelerate.keys() - settings.keys():
         refuse(name, "accelerate", near_match(name, settings))
@@ -157,5 +155,5 @@ def _takes(pipe: Any, asked: Sequence[Mapping[str, Any]], accelerate: Mapping[st
         if name in named:
             raise CallError(f"{name}: {why}.")
     for name, near in takes.unknown({"prompt", "generator", *named}, ("seed", *settings)):
-        refuse(name, f"{takes.owner}'s call", near)
+        takes.refuse(name, near)
     return takes
