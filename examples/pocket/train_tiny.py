@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from pictures import CHANNELS, FACTOR, Sprites
 from train_vae import draw_batch, edge_error, rise_and_fall
-from training import Log, MuonAndAdamW, resumed, save
+from training import Checkpoint, Log, MuonAndAdamW
 
 
 def build() -> AutoencoderTiny:
@@ -47,11 +47,9 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).to(memory_format=torch.channels_last)
     tiny = build().to(memory_format=torch.channels_last)
     optimizer = MuonAndAdamW([tiny])
-    args.output.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.output / "checkpoint.pt"
-    start = resumed(checkpoint, tiny=tiny, optimizer=optimizer)
+    checkpoint = Checkpoint(args.output / "checkpoint.pt", tiny=tiny, optimizer=optimizer)
     log = Log(args.output / "log.jsonl")
-    for step in range(start, args.steps):
+    for step in range(checkpoint.step, args.steps):
         x = draw_batch(sprites, random.Random(step), 2 * args.batch, cropped=False)
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(x).latent_dist.mode().float() * vae.config.scaling_factor
@@ -66,7 +64,7 @@ def main() -> None:
         optimizer.step(loss, args.lr * rise_and_fall(step, args.steps), clip=5.0)
         log.add(step + 1, squared=squared, edge=edge, latent=latent)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save({"tiny": tiny.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
+            checkpoint.save(step + 1)
     tiny.save_pretrained(args.output)
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from pictures import CHANNELS, FACTOR, SIZE, THINGS, Sprites, training_scenes
-from training import Log, MuonAndAdamW, resumed, save
+from training import Checkpoint, Log, MuonAndAdamW
 
 LOOKS = ("noto", "noto", "noto", "fluent", "chalk")  # drawn from evenly
 
@@ -103,11 +103,9 @@ def main() -> None:
         vae.decoder.requires_grad_(True)
         vae.post_quant_conv.requires_grad_(True)
     optimizer = MuonAndAdamW([vae])
-    args.output.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.output / "checkpoint.pt"
-    start = resumed(checkpoint, vae=vae, optimizer=optimizer)
+    checkpoint = Checkpoint(args.output / "checkpoint.pt", vae=vae, optimizer=optimizer)
     log = Log(args.output / "log.jsonl")
-    for step in range(start, args.steps):
+    for step in range(checkpoint.step, args.steps):
         rng = random.Random(step)
         x = draw_batch(sprites, rng, args.batch, cropped=step < args.crop_steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -123,7 +121,7 @@ def main() -> None:
         optimizer.step(loss, args.lr * rise_and_fall(step, args.steps), clip=5.0)
         log.add(step + 1, squared=squared, edge=edge)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
+            checkpoint.save(step + 1)
     # Less than unit variance: the last timestep still shows the mean of latents with this many channels, and a UNet
     # that reads a ground's colour off it in training never learns to take it from the prompt (Lin et al. 2023).
     with torch.no_grad():

@@ -67,14 +67,18 @@ def save(state: Any, file: Path) -> None:
     file.with_suffix(".new").replace(file)
 
 
-def resumed(file: Path, **parts: Any) -> int:
-    """Put the parts of a checkpoint, by their names in it, where they were; how many steps it stands for."""
-    if not file.exists():
-        return 0
-    state = torch.load(file, weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return int(state["step"])
+class Checkpoint:
+    """What a training goes on from: its parts, put where they were by their names, and how many steps were made."""
+
+    def __init__(self, file: Path, **parts: Any) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state = torch.load(file, weights_only=True) if file.exists() else {"step": 0}
+        self.file, self.parts, self.step = file, parts, int(state["step"])
+        for name, part in parts.items() if self.step else ():
+            part.load_state_dict(state[name])
+
+    def save(self, step: int) -> None:
+        save({**{name: part.state_dict() for name, part in self.parts.items()}, "step": step}, self.file)
 
 
 class Log:
